@@ -1,0 +1,23 @@
+"Everything about the package is said in settings.ini; this file hands it to setuptools."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=['='])
+config.read('settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+extras = {key.removesuffix('_requirements'): cfg[key].split() for key in cfg if key.endswith('_requirements')}
+readme = Path('README.md')
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
+    author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
+    long_description=readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],
+    long_description_content_type='text/markdown', python_requires=f'>={cfg["min_python"]}',
+    classifiers=['Intended Audience :: Education', 'Intended Audience :: Science/Research',
+                 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
+    packages=find_packages(include=['dlfund', 'dlfund.*']), package_data={'dlfund.data': ['embedded/*']},
+    install_requires=cfg['requirements'].split(), extras_require=extras,
+    entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=[f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']),
+    license_files=['LICENSE', 'LICENSE-prose'], zip_safe=False)
