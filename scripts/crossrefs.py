@@ -99,8 +99,8 @@ class Labels:
     ):
         "Open an exercise with its name and number."
         tag['class'] = ['theorem', 'exercise']
-        title = BeautifulSoup(f'<span class="theorem-title"><strong>{self.text(tag["id"])}</strong></span> ', 'html.parser')
-        (tag.find('p') or tag).insert(0, title)
+        title = f'<span class="theorem-title"><strong>{self.text(tag["id"])}</strong></span> '
+        (tag.find('p') or tag).insert(0, BeautifulSoup(title, 'html.parser'))
 
     def text(self,
         label:str, # such as `fig-x`
@@ -139,7 +139,9 @@ class Citations:
         m:re.Match, # of `GROUP`: `[see @a; @b]` or `@a`
     )->str: # HTML, author and year in Chicago's way
         "Turn a citation into links to the list of references."
-        def one(key, form): return f'<a href="#ref-{key}">{form.format(self.names(key), self.bib.entries[key].fields["year"])}</a>'
+        def one(key, form):
+            text = form.format(self.names(key), self.bib.entries[key].fields['year'])
+            return f'<a href="#ref-{key}">{text}</a>'
         if m[2]: return one(m[2], '{} ({})')
         return '(' + re.sub(f'@({KEY})', lambda k: one(k[1], '{} {}'), m[1]) + ')'
 
@@ -149,8 +151,8 @@ class Citations:
         style = find_plugin('pybtex.style.formatting', 'plain')(sorting_style='author_year_title')
         html = find_plugin('pybtex.backends', 'html')()
         works = style.format_bibliography(self.bib, list(self.cited))
-        rows = [f'<div id="ref-{w.key}" class="csl-entry">{w.text.render(html)}</div>' for w in works]
-        return f'<section id="references" class="level2 unnumbered"><h2>References</h2><div id="refs">{"".join(rows)}</div></section>'
+        rows = ''.join(f'<div id="ref-{w.key}" class="csl-entry">{w.text.render(html)}</div>' for w in works)
+        return f'<section id="references" class="level2"><h2>References</h2><div id="refs">{rows}</div></section>'
 
 
 def typeset(

@@ -13,7 +13,8 @@ from page_facts import digest
 
 VERSIONS = """import json, platform
 from importlib.metadata import version
-print(json.dumps(dict(python=platform.python_version(), torch=version('torch').split('+')[0], dlfund=version('dlfund'))))"""
+versions = dict(python=platform.python_version(), torch=version('torch').split('+')[0], dlfund=version('dlfund'))
+print(json.dumps(versions))"""
 
 
 def execute(
@@ -23,7 +24,8 @@ def execute(
     "Run a notebook in its own folder, as `nbdev_test` does, and store outputs and versions in it."
     nb = nbformat.read(path, as_version=4)
     nb.cells.append(nbformat.v4.new_code_cell(VERSIONS))
-    NotebookClient(nb, timeout=timeout, kernel_name='python3', resources=dict(metadata=dict(path=path.parent))).execute()
+    folder = dict(metadata=dict(path=path.parent))
+    NotebookClient(nb, timeout=timeout, kernel_name='python3', resources=folder).execute()
     versions = json.loads(nb.cells.pop().outputs[0]['text'])
     nbformat.write(nb, path)
     clean, cfg = read_nb(path), get_config()

@@ -20,7 +20,7 @@ from smalldocs.site import Page, Site
 from crossrefs import number_equations, typeset
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SMALLDOCS = re.compile(r'bibliography|link-citations|html-math-method|respect-user|grid|output-file|theme\.scss|collapse-level')
+NOT_SMALLDOCS = re.compile(r'bibliography|link-cit|html-math|respect-user|grid|output-file|theme\.scss|collapse-level')
 WEB = re.compile(r'^(https?:)?//')
 OF_REPO = re.compile(r'/(?:blob|edit)/\w+/([^#?]+)')
 
@@ -46,9 +46,16 @@ class Book(Site):
         super().render_page(page)
         captions = {k: v for k, v in page.meta['captions'].items() if v}
         try: page.html, plain = typeset(page.html, captions, lambda md: inline_md(md, self, page), self.bib)
-        except ValueError as e: raise SystemExit(f'{page.src}: {e}') from e
+        except ValueError as e: return self.faults.append(f'{page.src}: {e}')
         page.env['math'] = False
         for part in page.env['search']: part['text'] = plain(part['text'])
+
+    def build(self)->int: # the number of pages
+        "Build the site; what cannot be resolved, on any page, is an error."
+        self.faults = []
+        n = super().build()
+        if self.faults: raise SystemExit('\n'.join(self.faults))
+        return n
 
     @functools.cached_property
     def bib(self): return parse_file(self.root/'references.bib')
@@ -98,8 +105,8 @@ def problem(
     target = docs/unquote(url.path).removeprefix(urlparse(home).path)
     if target.is_dir(): target = target/'index.html'
     if not target.is_file(): return 'no such page or file'
-    if url.fragment and target.suffix == '.html' and not parse(target).find(id=unquote(url.fragment)): return 'no such anchor'
-    return ''
+    if not url.fragment or target.suffix != '.html': return ''
+    return '' if parse(target).find(id=unquote(url.fragment)) else 'no such anchor'
 
 
 def check(
@@ -119,7 +126,8 @@ def check(
             link = tag.get('href') or tag.get('src') or ''
             if tag.name != 'a' and WEB.match(link): found.append(f'{name}: {link}: asks another server')
             if why := problem(docs, path, link, home, repo): found.append(f'{name}: {link}: {why}')
-        found += [f'{name}: a picture has no fig-alt: {str(i)[:80]}' for i in soup.select('main img') if not i.get('alt')]
+        bare = [img for img in soup.select('main img') if not img.get('alt')]
+        found += [f'{name}: a picture has no fig-alt: {str(img)[:80]}' for img in bare]
     entries = json.loads((docs/'search.json').read_text(encoding='utf-8'))
     return found + [f'search.json: {e["href"]}: {why}' for e in entries
                     if (why := problem(docs, docs/'index.html', e['href'], home, repo))]
@@ -137,7 +145,7 @@ def serve(
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--check', action='store_true', help='fail on broken links and anchors, outside requests, missing alt text')
+    parser.add_argument('--check', action='store_true', help='fail on broken links, requests outside, missing alt text')
     parser.add_argument('--serve', type=int, metavar='PORT', help='serve the site after building it')
     args = parser.parse_args()
     build()

@@ -1,5 +1,5 @@
 "What a script can check of STYLE.md in every notebook."
-import json, re, sys
+import ast, json, re, sys
 from pathlib import Path
 
 import pytest
@@ -20,11 +20,15 @@ MACHINE = re.compile(r'(?<![\w.:/])/(?:work|opt|root|tmp|home)/[\w.-]+')
 def text(o): return ''.join(o) if isinstance(o, list) else o
 
 
+def directives(cell): return {k: v.strip('"\'') for k, v in DIRECTIVE.findall(text(cell['source']))}
+
+
 def printed(
     output:dict, # one output of a cell
 )->str: # what it shows as text
     "The text of an output."
-    return text(output.get('text', '')) + ''.join(text(v) for k, v in output.get('data', {}).items() if k.startswith('text/'))
+    shown = [v for k, v in output.get('data', {}).items() if k.startswith('text/')]
+    return ''.join(map(text, [output.get('text', ''), *shown]))
 
 
 def in_code(
@@ -35,7 +39,21 @@ def in_code(
     lines = [line for line in text(cell['source']).splitlines() if not line.startswith('#|')]
     found = [f'{len(lines)} lines, at most 30'] if len(lines) > 30 else []
     found += [f'a line of {len(line)} characters, at most 120: {line[:40]}...' for line in lines if len(line) > 120]
-    return found + [f'star import: {line.strip()}' for line in lines if re.match(r'\s*from\s+\S+\s+import\s+\*', line)]
+    found += [f'star import: {line.strip()}' for line in lines if re.match(r'\s*from\s+\S+\s+import\s+\*', line)]
+    if mixed(lines, opts): found.append('an import among other code: nbdev runs such a cell to make the docs')
+    return found
+
+
+def mixed(
+    lines:list[str], # source of a code cell
+    opts:dict, # its directives
+)->bool: # whether nbdev would run the cell for its imports, and with them code that needs the cells before it
+    "Find an import beside other code, in a cell that is not exported."
+    body = '\n'.join(lines)
+    if EXPORTS & opts.keys() or opts.get('eval') == 'false': return False
+    if 'nbdev_export()' in body or re.search(r'^\s*[%!]', body, re.M): return False
+    tree, imports = ast.parse(body), (ast.Import, ast.ImportFrom)
+    return any(isinstance(n, imports) for n in ast.walk(tree)) and not all(isinstance(n, imports) for n in tree.body)
 
 
 def in_outputs(
@@ -51,7 +69,7 @@ def in_outputs(
         if 'image/png' in out.get('data', {}) and not HIDDEN & opts.keys():
             if not opts.get('label', '').startswith('fig-'): found.append('a figure without `#| label: fig-...`')
             if not opts.get('fig-cap'): found.append('a figure without `#| fig-cap`')
-            if len(opts.get('fig-alt', '').strip('"\'')) < 20: found.append('a figure with `#| fig-alt` under 20 characters')
+            if len(opts.get('fig-alt', '')) < 20: found.append('a figure with `#| fig-alt` under 20 characters')
     return found
 
 
@@ -60,12 +78,14 @@ def problems(
 )->list[tuple]: # cell number, reason
     "List what is wrong with a notebook."
     titles = [text(c['source']).strip() for c in nb['cells'] if c['cell_type'] == 'markdown']
-    found = [] if titles and TITLE.fullmatch(titles[0]) else [(0, 'first comes `# Title`, blank line, `> promise`, alone')]
-    code = [(i, c, dict(DIRECTIVE.findall(text(c['source'])))) for i, c in enumerate(nb['cells']) if c['cell_type'] == 'code']
+    titled = titles and TITLE.fullmatch(titles[0])
+    found = [] if titled else [(0, 'first comes `# Title`, blank line, `> promise`, alone')]
+    code = [(i, c, directives(c)) for i, c in enumerate(nb['cells']) if c['cell_type'] == 'code']
     if any(EXPORTS & o.keys() for _, _, o in code) and not any('default_exp' in o for _, _, o in code):
         found.append((0, 'exports, but has no `#| default_exp`'))
     found += [(i, why) for i, cell, opts in code for rule in (in_code, in_outputs) for why in rule(cell, opts)]
-    return found + ([(0, 'changed since it was executed as a whole: run scripts/execute.py')] if 'Changed' in executed(nb) else [])
+    if 'Changed' in executed(nb): found.append((0, 'changed since it was executed as a whole: run scripts/execute.py'))
+    return found
 
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.relative_to(ROOT/'nbs').as_posix())
@@ -85,13 +105,16 @@ GOOD = '#| label: fig-a\n#| fig-cap: "A line."\n#| fig-alt: "A line that rises t
     (new_code_cell(GOOD.replace(' that rises to the right', ''), outputs=[PNG]), 'fig-alt'),
     (new_code_cell('x', outputs=[new_output('error', ename='NameError')]), 'a saved error: NameError'),
     (new_code_cell('x', outputs=[new_output('stream', text='10%\r20%')]), 'progress'),
-    (new_code_cell('x', outputs=[new_output('stream', text='in /work/main/x.py')]), 'a path of this machine: /work/main'),
+    (new_code_cell('x', outputs=[new_output('stream', text='in /work/main/x.py')]), 'path of this machine: /work'),
     (new_code_cell('from math import *'), 'star import'), (new_code_cell('x = 1\n'*31), '31 lines'),
+    (new_code_cell('import math\nmath.sqrt(x)'), 'an import among'),
     (new_code_cell('x'*121), '121 characters')])
 def test_the_lint_sees(cell, why):
-    found = [w for _, w in problems(new_notebook(cells=[new_markdown_cell('# One\n\n> Promise.'), cell])) if 'execute.py' not in w]
+    nb = new_notebook(cells=[new_markdown_cell('# One\n\n> Promise.'), cell])
+    found = [w for _, w in problems(nb) if 'execute.py' not in w]
     assert any(why in w for w in found) if why else found == []
 
 
-@pytest.mark.parametrize('title', ['# One', '## One\n\n> Promise.', '# One {#sec-one}\n\n> Promise.', '# One\n\n> Promise.\n\nText is lost here.'])
+@pytest.mark.parametrize('title', [
+    '# One', '## One\n\n> Promise.', '# One {#sec-one}\n\n> Promise.', '# One\n\n> Promise.\n\nText is lost here.'])
 def test_the_lint_sees_a_bad_title(title): assert problems(new_notebook(cells=[new_markdown_cell(title)]))

@@ -52,7 +52,7 @@ class RemoteFile:
     hashes:tuple[str, ...] # accepted contents, `sha256:...`, or `md5:...` where the publisher gives nothing stronger
     size:int # bytes, an upper bound for what is accepted
 
-# %% ../../nbs/02_data/01_datasets.ipynb #ec6c3a7e
+# %% ../../nbs/02_data/01_datasets.ipynb #4a398849
 def _session():
     "An HTTP session that tries again when a server is busy."
     session = requests.Session()
@@ -78,7 +78,15 @@ def _transfer(
                 f.write(block)
                 if f.tell() > size: raise OSError(f'more than the {size:,} bytes that were published')
 
-# %% ../../nbs/02_data/01_datasets.ipynb #fc7a9d90
+def _short(
+    e:Exception, # from a transfer
+)->str:
+    "Say what went wrong in a few words: the innermost cause of a network error, or the message."
+    while (cause := e.__cause__ or e.__context__) is not None: e = cause
+    text = str(e).splitlines()[0] if str(e) else ''
+    return text if 0 < len(text) < 100 else type(e).__name__
+
+# %% ../../nbs/02_data/01_datasets.ipynb #e7c8bf89
 def fetch(
     file:RemoteFile, # what to fetch
     folder:Path, # the data folder that gets it
@@ -91,7 +99,7 @@ def fetch(
     for url in file.urls:
         for _ in range(2):
             try: _transfer(url, part, file.size)
-            except OSError as e: problems.append(f'{url}: {e}'); break # requests' errors are OSErrors
+            except OSError as e: problems.append(f'{url}: {_short(e)}'); break # requests' errors are OSErrors
             if hash_matches(part, file.hashes):
                 if not any(h.startswith('sha256:') for h in file.hashes): say(f'{target.name}: checked against MD5, the only hash known')
                 part.replace(target)

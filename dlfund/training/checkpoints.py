@@ -53,7 +53,7 @@ def write_atomically(
         os.replace(part, file)
     finally: part.unlink(missing_ok=True)
 
-# %% ../../nbs/03_training/04_checkpoints.ipynb #97ba55eb
+# %% ../../nbs/03_training/04_checkpoints.ipynb #aeeecf21
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used: the message says why."
 
@@ -80,9 +80,18 @@ class CheckpointCallback(Callback):
         self.done = self.epoch + 1
         self.save()
     def save(self):
-        state = dict(epochs_done=self.done, model=self.model.state_dict(), opt=self.opt.state_dict(),
-                     random=random_states(self.dls), history=self.log.history)
+        state = dict(epochs_done=self.done, model=self.model.state_dict(), opt=_plain(self.opt.state_dict()),
+                     random=random_states(self.dls), history=self.epoch_log.history)
         write_atomically(self.file, lambda f: torch.save(state, f))
+
+
+def _plain(
+    value, # a tree of dictionaries, lists, tensors and numbers
+):
+    "The same tree with NumPy's numbers as Python's: a safe reader accepts nothing else."
+    if isinstance(value, dict): return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return type(value)(_plain(v) for v in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def read_checkpoint(
@@ -102,4 +111,4 @@ def fit(
 )->list[dict]: # one row an epoch
     "Train by the 1cycle schedule, with a checkpoint after every epoch."
     learn.fit_one_cycle(config.epochs, config.lr, cbs=CheckpointCallback(file, state))
-    return learn.log.history
+    return learn.epoch_log.history
