@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/00_shared/02_cli.ipynb #7871e62c
+# %% ../nbs/00_shared/02_cli.ipynb #b703fdef
 class Failure(Exception):
     "A command that cannot go on: its message is what the user reads, its status what a script sees."
     def __init__(self,
@@ -22,7 +22,7 @@ class Failure(Exception):
         super().__init__(message)
         self.status = status
 
-
+# %% ../nbs/00_shared/02_cli.ipynb #0c5d18d8
 def _new_run(
     experiment, # whose `out` gets the new folder
 )->Path:
@@ -34,7 +34,7 @@ def _new_run(
         except FileExistsError: number += 1
         else: return run
 
-
+# %% ../nbs/00_shared/02_cli.ipynb #e3d246bf
 def _start(
     args, # of `dlfund train`
 ): # the experiment, its folder and the checkpoint to go on from, if any
@@ -42,9 +42,12 @@ def _start(
     from dlfund.training.configuration import read_experiment, write_experiment
     from dlfund.training.checkpoints import read_checkpoint
     if args.resume:
-        if args.words: raise Failure(f'--resume goes on with the run as it was, got also {" ".join(args.words)}: leave that out', 2)
+        if args.words:
+            raise Failure('--resume goes on with the run as it was, '
+                          f'got also {" ".join(args.words)}: leave that out', 2)
         run = Path(args.resume)
-        if not (run/'experiment.yaml').is_file(): raise Failure(f'--resume needs the folder of a run, got no experiment.yaml in {run}', 2)
+        if not (run/'experiment.yaml').is_file():
+            raise Failure(f'--resume needs the folder of a run, got no experiment.yaml in {run}', 2)
         return read_experiment(run/'experiment.yaml'), run, read_checkpoint(run/'checkpoint.pt')
     configs = [word for word in args.words if '=' not in word]
     if len(configs) > 1: raise Failure(f'train takes one configuration, got {" and ".join(configs)}', 2)
@@ -54,7 +57,7 @@ def _start(
     write_experiment(experiment, run/'experiment.yaml')
     return experiment, run, None
 
-
+# %% ../nbs/00_shared/02_cli.ipynb #c5bf3393
 def _check_names(
     experiment, # whose dataset and model must exist
 )->None:
@@ -66,9 +69,10 @@ def _check_names(
         build(experiment.model.name, n_classes=2)
     except ValueError as e: raise Failure(str(e), 2) from None
     if task != 'image-classification':
-        raise Failure(f'data.name must be a dataset of pictures with classes, got {experiment.data.name!r}, whose task is {task}', 2)
+        raise Failure('data.name must be a dataset of pictures with classes, '
+                      f'got {experiment.data.name!r}, whose task is {task}', 2)
 
-# %% ../nbs/00_shared/02_cli.ipynb #2af6522e
+# %% ../nbs/00_shared/02_cli.ipynb #e157adb9
 def _learner(
     experiment, # what to do
     splits, # its data
@@ -84,7 +88,7 @@ def _learner(
     model = build(experiment.model.name, n_classes=len(splits.labels), n_channels=preprocess.n_channels)
     return make_learner(dls, model, experiment.train, bar=sys.stdout.isatty(), log=EpochLogCallback(print, history))
 
-
+# %% ../nbs/00_shared/02_cli.ipynb #fa1a15af
 def _bundle(
     experiment, # what was done
     splits, # its data
@@ -101,7 +105,7 @@ def _bundle(
                        removed=splits.removed, n_test_reads=splits.n_test_reads)
     return bundle
 
-
+# %% ../nbs/00_shared/02_cli.ipynb #b39837ad
 def train(
     args:argparse.Namespace, # words, resume
 )->None:
@@ -113,18 +117,20 @@ def train(
     splits = load(experiment.data.name)
     preprocess = fit_preprocess(splits.train.x)
     learn = _learner(experiment, splits, preprocess, state['history'] if state else [])
-    print(f'{splits.name}: {len(splits.train)} / {len(splits.valid)} examples to train and validate; run in {run}', flush=True)
+    print(f'{splits.name}: {len(splits.train)} / {len(splits.valid)} examples to train and validate; run in {run}',
+          flush=True)
     try: history = fit(learn, experiment.train, run/'checkpoint.pt', state)
     except KeyboardInterrupt:
         done = read_checkpoint(run/'checkpoint.pt')['epochs_done']
-        raise Failure(f'stopped; {done} of {experiment.train.epochs} epochs are saved: go on with `dlfund train --resume {run}`') from None
+        raise Failure(f'stopped; {done} of {experiment.train.epochs} epochs are saved: '
+                      f'go on with `dlfund train --resume {run}`') from None
     (run/'history.json').write_text(json.dumps(history, indent=1))
     bundle = _bundle(experiment, splits, preprocess, learn.model)
     print(f"test accuracy {bundle.metrics['test']['accuracy']:.4f} on {bundle.metrics['test']['n']} examples, "
           f'read {splits.n_test_reads} time(s)')
     print(bundle.save(run/'bundle'))
 
-# %% ../nbs/00_shared/02_cli.ipynb #76c375ef
+# %% ../nbs/00_shared/02_cli.ipynb #1d624e77
 def evaluate(
     args:argparse.Namespace, # bundle, data, part, json
 )->None:
@@ -134,15 +140,17 @@ def evaluate(
     bundle = Bundle.load(args.bundle)
     splits = load(args.data or bundle.data['name'], say=_note)
     if splits.labels != bundle.labels:
-        raise Failure(f'the data must have the classes of the bundle, got {", ".join(splits.labels)}: choose other --data')
+        raise Failure('the data must have the classes of the bundle, '
+                      f'got {", ".join(splits.labels)}: choose other --data')
     if splits.name == bundle.data['name'] and splits.sha256 != bundle.data['sha256']:
         _note(f"{splits.name} is not the data that the bundle was trained on (its hash differs)")
-    found = dict(bundle=str(args.bundle), data=splits.name, part=args.part, **bundle.evaluate(getattr(splits, args.part)))
+    found = dict(bundle=str(args.bundle), data=splits.name, part=args.part,
+                 **bundle.evaluate(getattr(splits, args.part)))
     if args.json: print(json.dumps(found))
-    else: print(f"{found['data']} {found['part']}: accuracy {found['accuracy']:.4f}, cross-entropy {found['cross_entropy']:.4f}, "
-                f"{found['n']} examples")
+    else: print(f"{found['data']} {found['part']}: accuracy {found['accuracy']:.4f}, "
+                f"cross-entropy {found['cross_entropy']:.4f}, {found['n']} examples")
 
-
+# %% ../nbs/00_shared/02_cli.ipynb #a9b71acd
 def predict(
     args:argparse.Namespace, # bundle, files, json
 )->None:
@@ -167,7 +175,7 @@ def _note(
     "Say something on standard error."
     print(f'dlfund: {line}', file=sys.stderr)
 
-# %% ../nbs/00_shared/02_cli.ipynb #028ab654
+# %% ../nbs/00_shared/02_cli.ipynb #9decfc1a
 def data(
     args:argparse.Namespace, # action, name, json
 )->None:
@@ -177,34 +185,36 @@ def data(
         for name in names():
             d = describe(name)
             where = 'in the package' if name in EMBEDDED_TASKS else 'on this machine' if find(d) else 'not here yet'
-            if args.json: print(json.dumps(dict(name=name, task=d.task, where=where, licence=d.licence, source=d.source)))
+            if args.json:
+                print(json.dumps(dict(name=name, task=d.task, where=where, licence=d.licence, source=d.source)))
             else: print(f'{name:15} {d.task:21} {where:16} {d.source}')
         return
-    if args.name is None: raise Failure(f'`dlfund data {args.action}` needs the name of a dataset: `dlfund data list` shows them', 2)
+    if args.name is None:
+        raise Failure(f'`dlfund data {args.action}` needs the name of a dataset: `dlfund data list` shows them', 2)
     if args.action == 'where' and args.name not in EMBEDDED_TASKS and find(describe(args.name)) is None:
         raise Failure(f'{args.name} is not on this machine: `dlfund data get {args.name}` fetches it')
     for path in get(args.name, say=_note):
         print(json.dumps(dict(name=args.name, path=str(path))) if args.json else path)
 
-# %% ../nbs/00_shared/02_cli.ipynb #d8e10a6f
+# %% ../nbs/00_shared/02_cli.ipynb #063b76b5
 class _Parser(argparse.ArgumentParser):
     "argparse, with errors of one line."
     def error(self, message):
         raise Failure(f'{message} (`{self.prog} --help` shows what is possible)', 2)
 
-
+# %% ../nbs/00_shared/02_cli.ipynb #1cd6eacd
 def parser()->argparse.ArgumentParser:
     "Describe the commands and their arguments."
     top = _Parser(prog='dlfund', description='Train, judge and use deep-learning models from the command line.')
     top.add_argument('--version', action='version', version=__version__)
     commands = top.add_subparsers(dest='command', metavar='COMMAND', required=True)
     def command(name, run, help):
-        p = commands.add_parser(name, help=help, description=help)
-        p.set_defaults(run=run)
+        p = commands.add_parser(name, help=help, description=help); p.set_defaults(run=run)
         p.add_argument('--debug', action='store_true', help='show the traceback of an error')
         return p
     p = command('train', train, 'train a model; the last line printed is the path of its bundle')
-    p.add_argument('words', nargs='*', metavar='CONFIG | key=value', help='a YAML configuration, and settings that override it')
+    p.add_argument('words', nargs='*', metavar='CONFIG | key=value',
+                   help='a YAML configuration, and settings that override it')
     p.add_argument('--resume', metavar='RUN', help='go on with a run that was stopped, to the same result')
     p = command('evaluate', evaluate, 'measure a bundle on a dataset')
     p.add_argument('--data', metavar='NAME', help='another dataset with the same classes')
@@ -219,7 +229,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
     return top
 
-
+# %% ../nbs/00_shared/02_cli.ipynb #fb8c1280
 def _bundle_arguments(
     p:argparse.ArgumentParser, # of a command that uses a bundle
 )->None:
@@ -227,7 +237,7 @@ def _bundle_arguments(
     p.add_argument('bundle', metavar='BUNDLE', help='a folder or .zip file that `dlfund train` made')
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
 
-
+# %% ../nbs/00_shared/02_cli.ipynb #2bdd427e
 def main(
     words:list[str]|None=None, # the arguments; by default those of the process
 )->int: # exit status: 0 done, 1 failed, 2 wrong usage or configuration
@@ -246,7 +256,7 @@ def main(
     _note(message)
     return status
 
-
+# %% ../nbs/00_shared/02_cli.ipynb #48d4f881
 def _quiet_end()->int:
     "End without a word when the program that reads our output has gone, as after `| head -1`."
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

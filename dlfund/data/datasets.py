@@ -52,7 +52,7 @@ class RemoteFile:
     hashes:tuple[str, ...] # accepted contents, `sha256:...`, or `md5:...` where the publisher gives nothing stronger
     size:int # bytes, an upper bound for what is accepted
 
-# %% ../../nbs/02_data/01_datasets.ipynb #4a398849
+# %% ../../nbs/02_data/01_datasets.ipynb #82b081fd
 def _session():
     "An HTTP session that tries again when a server is busy."
     session = requests.Session()
@@ -78,6 +78,7 @@ def _transfer(
                 f.write(block)
                 if f.tell() > size: raise OSError(f'more than the {size:,} bytes that were published')
 
+# %% ../../nbs/02_data/01_datasets.ipynb #0f784059
 def _short(
     e:Exception, # from a transfer
 )->str:
@@ -86,7 +87,7 @@ def _short(
     text = str(e).splitlines()[0] if str(e) else ''
     return text if 0 < len(text) < 100 else type(e).__name__
 
-# %% ../../nbs/02_data/01_datasets.ipynb #e7c8bf89
+# %% ../../nbs/02_data/01_datasets.ipynb #de108805
 def fetch(
     file:RemoteFile, # what to fetch
     folder:Path, # the data folder that gets it
@@ -101,7 +102,8 @@ def fetch(
             try: _transfer(url, part, file.size)
             except OSError as e: problems.append(f'{url}: {_short(e)}'); break # requests' errors are OSErrors
             if hash_matches(part, file.hashes):
-                if not any(h.startswith('sha256:') for h in file.hashes): say(f'{target.name}: checked against MD5, the only hash known')
+                if not any(h.startswith('sha256:') for h in file.hashes):
+                    say(f'{target.name}: checked against MD5, the only hash known')
                 part.replace(target)
                 return target
             part.unlink()
@@ -110,7 +112,7 @@ def fetch(
         if part.exists() and part.stat().st_size >= file.size: part.unlink()
     raise DataError(f'{file.path} must come from one of its addresses, got: ' + '; '.join(problems))
 
-# %% ../../nbs/02_data/01_datasets.ipynb #7140419c
+# %% ../../nbs/02_data/01_datasets.ipynb #cd511475
 def read_members(
     archive:Path, # a tar file, compressed or not, whose hash has been checked
     suffix:str='', # only members whose name ends like this
@@ -121,27 +123,29 @@ def read_members(
             for member in tar:
                 path = PurePosixPath(member.name)
                 if path.is_absolute() or '..' in path.parts or not (member.isfile() or member.isdir()):
-                    raise DataError(f'an archive must hold plain files inside its folder, got {member.name!r} in {archive}: '
-                                    'do not use this file')
+                    raise DataError('an archive must hold plain files inside its folder, '
+                                    f'got {member.name!r} in {archive}: do not use this file')
                 if member.isfile() and member.name.endswith(suffix): yield member.name, tar.extractfile(member).read()
     except (tarfile.TarError, EOFError, OSError) as e:
-        raise DataError(f'an archive must be whole, got a damaged one at {archive} ({e}): delete it and fetch it again') from e
+        raise DataError('an archive must be whole, '
+                        f'got a damaged one at {archive} ({e}): delete it and fetch it again') from e
 
-# %% ../../nbs/02_data/01_datasets.ipynb #2fba3f17
+# %% ../../nbs/02_data/01_datasets.ipynb #b113711e
 def read_idx(
     file:Path, # an idx file, gzipped
 )->np.ndarray: # bytes, of the shape that the file states
     "Read an idx file: LeCun, Cortes and Burges 1998, <http://yann.lecun.com/exdb/mnist/>."
     try: raw = gzip.decompress(Path(file).read_bytes())
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
-        raise DataError(f'an idx file must be whole and gzipped, got a damaged one at {file} ({e}): delete it and fetch it again') from e
+        raise DataError('an idx file must be whole and gzipped, '
+                        f'got a damaged one at {file} ({e}): delete it and fetch it again') from e
     n_dims = raw[3] if len(raw) > 3 and raw[:3] == b'\0\0\x08' else 0
     shape = np.frombuffer(raw, '>u4', count=n_dims, offset=4).astype(int) if n_dims and len(raw) >= 4 + 4*n_dims else ()
     if not n_dims or len(raw) != 4 + 4*n_dims + np.prod(shape):
         raise DataError(f'an idx file must hold as many bytes as its header says, got {len(raw)} bytes in {file}')
     return np.frombuffer(raw, np.uint8, offset=4 + 4*n_dims).reshape(shape)
 
-# %% ../../nbs/02_data/01_datasets.ipynb #71672966
+# %% ../../nbs/02_data/01_datasets.ipynb #31801856
 def _idx_parts(
     paths:list[Path], # training pictures and labels, test pictures and labels
 )->dict: # part: (inputs, targets)
@@ -157,7 +161,8 @@ def _cifar_binary(paths):
         rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
         parts['test' if 'test' in name else 'train'].append(rows)
     merged = {part: np.concatenate(rows) for part, rows in parts.items()}
-    return {part: (rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0]) for part, rows in merged.items()}
+    return {part: (rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0])
+            for part, rows in merged.items()}
 
 
 def _cifar_jpeg(paths):
@@ -169,7 +174,7 @@ def _cifar_jpeg(paths):
         parts[part][1].append(CIFAR10_LABELS.index(label))
     return {part: (np.stack(x), np.array(y, np.uint8)) for part, (x, y) in parts.items()}
 
-
+# %% ../../nbs/02_data/01_datasets.ipynb #43e4ad8e
 def _imdb(paths):
     "Read the 50,000 labelled reviews: `PART/{pos,neg}/*.txt`."
     parts = dict(train=([], []), test=([], []))
@@ -182,7 +187,8 @@ def _imdb(paths):
 def _sst2(paths):
     "Read three files of `sentence<TAB>label`."
     rows = [[line.rsplit('\t', 1) for line in Path(p).read_text(encoding='utf-8').splitlines()] for p in paths]
-    return {part: ([text for text, _ in r], np.array([int(y) for _, y in r], np.uint8)) for part, r in zip(('train', 'valid', 'test'), rows)}
+    return {part: ([text for text, _ in r], np.array([int(y) for _, y in r], np.uint8))
+            for part, r in zip(('train', 'valid', 'test'), rows)}
 
 
 def _ag_news(paths):
@@ -190,10 +196,11 @@ def _ag_news(paths):
     parts = {}
     for part, path in zip(('train', 'test'), paths):
         with open(path, encoding='utf-8', newline='') as f: rows = list(csv.reader(f))
-        parts[part] = ([f'{title}. {text}' for _, title, text in rows], np.array([int(y) - 1 for y, _, _ in rows], np.uint8))
+        parts[part] = ([f'{title}. {text}' for _, title, text in rows],
+                       np.array([int(y) - 1 for y, _, _ in rows], np.uint8))
     return parts
 
-
+# %% ../../nbs/02_data/01_datasets.ipynb #06194d67
 def _ett(paths):
     "Read an hourly transformer series; months 1-12, 13-16 and 17-20 of 30 days are the parts, as in the papers."
     table = np.genfromtxt(paths[0], delimiter=',', skip_header=1, dtype=str)
@@ -291,7 +298,7 @@ class Dataset:
     source:str # paper or page
     layouts:tuple[Layout, ...]=() # none if it is embedded in the package
 
-# %% ../../nbs/02_data/01_datasets.ipynb #2047eb36
+# %% ../../nbs/02_data/01_datasets.ipynb #a5dfd469
 def _embedded()->dict:
     "What `dlfund/data/embedded/sources.json` says of the datasets inside the package."
     return json.loads((files('dlfund.data')/'embedded'/'sources.json').read_text(encoding='utf-8'))
@@ -299,11 +306,13 @@ def _embedded()->dict:
 
 EMBEDDED_TASKS = {'fashion-mini': 'image-classification', 'reviews': 'text-classification', 'shakespeare': 'text',
                   'seattle-temps': 'series', 'stocks': 'series'}
-FASHION_LABELS = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
+FASHION_LABELS = ('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag',
+                  'Ankle boot')
 CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 ETT_LABELS = ('HUFL', 'HULL', 'MUFL', 'MULL', 'LUFL', 'LULL', 'OT')
 
-_IDX = ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz', 't10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz')
+_IDX = ('train-images-idx3-ubyte.gz', 'train-labels-idx1-ubyte.gz',
+        't10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz')
 
 
 def _files(
@@ -313,11 +322,11 @@ def _files(
     *addresses, # folders on the network that hold all of them, the official one first
 )->tuple[RemoteFile, ...]:
     "Write down several files that lie side by side."
-    return tuple(RemoteFile(path=path, urls=tuple(address + path.rsplit('/', 1)[-1] for address in addresses), size=size,
-                            hashes=tuple(f'sha256:{digits}' for digits in known.split()))
+    return tuple(RemoteFile(path=path, urls=tuple(address + path.rsplit('/', 1)[-1] for address in addresses),
+                            size=size, hashes=tuple(f'sha256:{digits}' for digits in known.split()))
                  for path, known, size in zip(paths, hashes, sizes))
 
-# %% ../../nbs/02_data/01_datasets.ipynb #de003ee0
+# %% ../../nbs/02_data/01_datasets.ipynb #f50b38d7
 _mnist = _files([f'mnist/{f}' for f in _IDX], [
     '440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609',
     '3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c',
@@ -326,34 +335,47 @@ _mnist = _files([f'mnist/{f}' for f in _IDX], [
     'https://yann.lecun.com/exdb/mnist/', 'https://ossci-datasets.s3.amazonaws.com/mnist/',
     'https://storage.googleapis.com/cvdf-datasets/mnist/')
 _fashion = _files([f'fashion-mnist/{f}' for f in _IDX], [
-    '3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84 b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7',
-    'a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845 0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056',
-    '346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073 cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa',
-    '67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5 8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05'],
+    '3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84 '
+      'b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7',
+    'a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845 '
+      '0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056',
+    '346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073 '
+      'cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa',
+    '67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5 '
+      '8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05'],
     [26_421_880, 29_515, 4_422_102, 5_148],
-    'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/', 'https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/')
-_cifar_archive = _files(['cifar-10-binary.tar.gz'], ['c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'], [170_052_171],
+    'http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/',
+    'https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/')
+_cifar_archive = _files(
+    ['cifar-10-binary.tar.gz'], ['c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'], [170_052_171],
     'https://www.cs.toronto.edu/~kriz/', 'https://cave.cs.toronto.edu/kriz/')
-_cifar_copy = _files(['cifar10-jpeg.tar.gz'], ['0bfcb68717a0ecb0d51ed61034906a773d48d424d94b766a46d7d1c55702a4d9'], [19_432_150])
-_imdb_archive = _files(['aclImdb_v1.tar.gz'], ['c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe'], [84_125_825],
+_cifar_copy = _files(
+    ['cifar10-jpeg.tar.gz'], ['0bfcb68717a0ecb0d51ed61034906a773d48d424d94b766a46d7d1c55702a4d9'], [19_432_150])
+_imdb_archive = _files(
+    ['aclImdb_v1.tar.gz'], ['c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe'], [84_125_825],
     'https://ai.stanford.edu/~amaas/data/sentiment/')
 
-# %% ../../nbs/02_data/01_datasets.ipynb #ba618b09
+# %% ../../nbs/02_data/01_datasets.ipynb #c5144a88
 _sst2_files = _files([f'sst2/{part}.tsv' for part in ('train', 'dev', 'test')], [
-    'ec192f833a64da08f475488a77b0d0b47db47acd0f458bd18433fc793b569920', 'eddea6b39e601dd4e7a672b53cc40fdf6019fa80522f351206c24340ca5d9359',
+    'ec192f833a64da08f475488a77b0d0b47db47acd0f458bd18433fc793b569920',
+    'eddea6b39e601dd4e7a672b53cc40fdf6019fa80522f351206c24340ca5d9359',
     '831169c7e2e429d6026e1bdbb542f33b636e3e596caad9602ebc953c205928b7'], [720_259, 92_057, 188_749],
     'https://raw.githubusercontent.com/clairett/pytorch-sentiment-classification/master/data/SST2/')
 _ag_files = _files([f'ag-news/{part}.csv' for part in ('train', 'test')], [
-    '76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e', '521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699'],
+    '76a0a2d2f92b286371fe4d4044640910a04a803fdd2538e0f3f29a5c6f6b672e',
+    '521465c2428ed7f02f8d6db6ffdd4b5447c1c701962353eb2c40d548c3c85699'],
     [29_470_338, 2_000_000], 'https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/')
 _ett_folder = 'https://raw.githubusercontent.com/zhouhaoyi/ETDataset/main/ETT-small/'
-_etth1 = _files(['ETTh1.csv'], ['f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066'], [2_589_657], _ett_folder)
-_etth2 = _files(['ETTh2.csv'], ['a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b'], [2_600_000], _ett_folder)
+_etth1 = _files(
+    ['ETTh1.csv'], ['f18de3ad269cef59bb07b5438d79bb3042d3be49bdeecf01c1cd6d29695ee066'], [2_589_657], _ett_folder)
+_etth2 = _files(
+    ['ETTh2.csv'], ['a3dc2c597b9218c7ce1cd55eb77b283fd459a1d09d753063f944967dd6b9218b'], [2_600_000], _ett_folder)
 _karpathy = (RemoteFile(
-    path='tinyshakespeare.txt', size=1_115_394, hashes=('sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',),
+    path='tinyshakespeare.txt', size=1_115_394,
+    hashes=('sha256:86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed',),
     urls=('https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',)),)
 
-# %% ../../nbs/02_data/01_datasets.ipynb #35699bf9
+# %% ../../nbs/02_data/01_datasets.ipynb #0bdf3744
 def _entry(name, task, labels, licence, source, *layouts):
     "One line of the register; a layout is (files, function that reads them)."
     return Dataset(name=name, task=task, labels=labels, licence=licence, source=source,
@@ -363,22 +385,25 @@ def _entry(name, task, labels, licence, source, *layouts):
 _DIGITS, _POLARITY = tuple('0123456789'), ('negative', 'positive')
 REGISTER = {entry.name: entry for entry in (
     _entry('mnist', 'image-classification', _DIGITS, 'not stated', 'LeCun et al. 1998', (_mnist, _idx_parts)),
-    _entry('fashion-mnist', 'image-classification', FASHION_LABELS, 'MIT', 'Xiao et al. 2017, https://arxiv.org/abs/1708.07747',
-           (_fashion, _idx_parts)),
-    _entry('cifar10', 'image-classification', CIFAR10_LABELS, 'not stated', 'Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html',
+    _entry('fashion-mnist', 'image-classification', FASHION_LABELS, 'MIT',
+           'Xiao et al. 2017, https://arxiv.org/abs/1708.07747', (_fashion, _idx_parts)),
+    _entry('cifar10', 'image-classification', CIFAR10_LABELS, 'not stated',
+           'Krizhevsky 2009, https://www.cs.toronto.edu/~kriz/cifar.html',
            (_cifar_archive, _cifar_binary), (_cifar_copy, _cifar_jpeg)),
-    _entry('imdb', 'text-classification', _POLARITY, 'not stated', 'Maas et al. 2011, https://ai.stanford.edu/~amaas/data/sentiment/',
-           (_imdb_archive, _imdb)),
-    _entry('sst2', 'text-classification', _POLARITY, 'not stated', 'Socher et al. 2013, https://nlp.stanford.edu/sentiment/',
-           (_sst2_files, _sst2)),
+    _entry('imdb', 'text-classification', _POLARITY, 'not stated',
+           'Maas et al. 2011, https://ai.stanford.edu/~amaas/data/sentiment/', (_imdb_archive, _imdb)),
+    _entry('sst2', 'text-classification', _POLARITY, 'not stated',
+           'Socher et al. 2013, https://nlp.stanford.edu/sentiment/', (_sst2_files, _sst2)),
     _entry('ag-news', 'text-classification', ('World', 'Sports', 'Business', 'Sci/Tech'), 'non-commercial research',
            'Zhang et al. 2015, https://arxiv.org/abs/1509.01626', (_ag_files, _ag_news)),
-    _entry('etth1', 'series', ETT_LABELS, 'CC BY-ND 4.0', 'Zhou et al. 2021, https://arxiv.org/abs/2012.07436', (_etth1, _ett)),
-    _entry('etth2', 'series', ETT_LABELS, 'CC BY-ND 4.0', 'Zhou et al. 2021, https://arxiv.org/abs/2012.07436', (_etth2, _ett)),
-    _entry('tinyshakespeare', 'text', (), 'public domain', 'Karpathy 2015, http://karpathy.github.io/2015/05/21/rnn-effectiveness/',
-           (_karpathy, _tiny_shakespeare)))}
+    _entry('etth1', 'series', ETT_LABELS, 'CC BY-ND 4.0',
+           'Zhou et al. 2021, https://arxiv.org/abs/2012.07436', (_etth1, _ett)),
+    _entry('etth2', 'series', ETT_LABELS, 'CC BY-ND 4.0',
+           'Zhou et al. 2021, https://arxiv.org/abs/2012.07436', (_etth2, _ett)),
+    _entry('tinyshakespeare', 'text', (), 'public domain',
+           'Karpathy 2015, http://karpathy.github.io/2015/05/21/rnn-effectiveness/', (_karpathy, _tiny_shakespeare)))}
 
-# %% ../../nbs/02_data/01_datasets.ipynb #4a26a634
+# %% ../../nbs/02_data/01_datasets.ipynb #ff7ab519
 def names()->list[str]:
     "List every dataset that `load` knows, embedded ones first."
     return [*EMBEDDED_TASKS, *REGISTER]
@@ -391,11 +416,13 @@ def describe(
     if name in REGISTER: return REGISTER[name]
     if name in EMBEDDED_TASKS:
         facts = _embedded()[name]
-        return Dataset(name=name, task=EMBEDDED_TASKS[name], labels=(), licence=facts['licence'], source=facts['attribution'])
+        return Dataset(name=name, task=EMBEDDED_TASKS[name], labels=(), licence=facts['licence'],
+                       source=facts['attribution'])
     near = difflib.get_close_matches(name, names(), n=3, cutoff=0.3) or names()
-    raise DataError(f'a dataset must be one that `dlfund data list` names, got {name!r}: the nearest are {", ".join(near)}')
+    raise DataError(f'a dataset must be one that `dlfund data list` names, got {name!r}: '
+                    f'the nearest are {", ".join(near)}')
 
-# %% ../../nbs/02_data/01_datasets.ipynb #16eeca98
+# %% ../../nbs/02_data/01_datasets.ipynb #62932921
 def places(
     root=None, # a data folder; by default `$DLFUND_DATA`
 )->list[Path]:
@@ -416,7 +443,7 @@ def find(
             if all(p.is_file() for p in paths): return layout, paths
     return None
 
-
+# %% ../../nbs/02_data/01_datasets.ipynb #08d1a011
 def get(
     name:str, # of a dataset
     root=None, # as in `places`
@@ -430,13 +457,14 @@ def get(
     for file, path in zip(found[0].files, found[1]):
         if hash_matches(path, file.hashes): continue
         if cache not in path.parents:
-            raise DataError(f'{path} must be the published file, got another content (wrong hash): replace it or remove it')
+            raise DataError(f'{path} must be the published file, '
+                            'got another content (wrong hash): replace it or remove it')
         say(f'{path} is not the published file (wrong hash); deleted, and fetched again')
         path.unlink()
         fetch(file, cache, say)
     return found[1]
 
-# %% ../../nbs/02_data/01_datasets.ipynb #039503f8
+# %% ../../nbs/02_data/01_datasets.ipynb #4cc6b4f6
 def _checked_embedded(
     name:str, # of an embedded dataset
 )->Path:
@@ -463,11 +491,11 @@ def _download(
             return [cache/f.path for f in layout.files]
         except DataError as e: why = str(e)
     looked = ', '.join(str(p) for p in places(root))
-    raise DataError(f'dataset {dataset.name!r} must be on this machine or on the network, got neither (looked in {looked}; {why}). Either '
-                    f'connect and run `dlfund data get {dataset.name}`, or put {wanted} into a folder and set DLFUND_DATA to it, '
-                    'or pass that folder as root.')
+    raise DataError(f'dataset {dataset.name!r} must be on this machine or on the network, got neither '
+                    f'(looked in {looked}; {why}). Either connect and run `dlfund data get {dataset.name}`, '
+                    f'or put {wanted} into a folder and set DLFUND_DATA to it, or pass that folder as root.')
 
-# %% ../../nbs/02_data/01_datasets.ipynb #50197b5f
+# %% ../../nbs/02_data/01_datasets.ipynb #36403ada
 def _read_embedded(
     path:Path, # an embedded `.npz`
     task:str, # of the dataset
@@ -487,7 +515,7 @@ def _take(x, keep):
     "Index an array or a list."
     return x[keep] if isinstance(x, np.ndarray) else [x[i] for i in keep]
 
-
+# %% ../../nbs/02_data/01_datasets.ipynb #ae096dc6
 def _without_duplicates(
     parts:dict, # {part: (inputs, targets)}
 )->tuple[dict, dict[str, int]]: # the parts without copies, and how many each lost
@@ -510,11 +538,12 @@ def _fingerprint(
     digest = hashlib.sha256()
     for part in ('train', 'valid', 'test'):
         for values in parts[part]:
-            raw = b'' if values is None else values.tobytes() if isinstance(values, np.ndarray) else '\0'.join(values).encode()
+            raw = (b'' if values is None else values.tobytes() if isinstance(values, np.ndarray)
+                   else '\0'.join(values).encode())
             digest.update(hashlib.sha256(raw).digest())
     return digest.hexdigest()
 
-# %% ../../nbs/02_data/01_datasets.ipynb #603e42ee
+# %% ../../nbs/02_data/01_datasets.ipynb #716a21ca
 def load(
     name:str, # of a dataset: `names()` lists them
     root=None, # a folder with data files; by default `$DLFUND_DATA`
@@ -533,5 +562,6 @@ def load(
     if removed: say(f'{name}: copies removed: ' + ', '.join(f'{n} from {part}' for part, n in removed.items()))
     where = 'index' if dataset.task == 'series' else 'y'
     split = {part: Split(x=x, **{where: y}) for part, (x, y) in parts.items()}
-    return Splits(name=name, task=dataset.task, train=split['train'], valid=split['valid'], _test=split['test'], labels=labels,
-                  sha256=_fingerprint(parts), licence=dataset.licence, source=dataset.source, removed=removed)
+    return Splits(name=name, task=dataset.task, train=split['train'], valid=split['valid'], _test=split['test'],
+                  labels=labels, sha256=_fingerprint(parts), licence=dataset.licence, source=dataset.source,
+                  removed=removed)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-# %% ../../nbs/02_data/02_preprocessing.ipynb #3b20c3f4
+# %% ../../nbs/02_data/02_preprocessing.ipynb #9164fba5
 class PictureError(ValueError):
     "A file that cannot be used as a picture: the message says which rule it breaks, what was got, and what to do."
 
@@ -34,7 +34,7 @@ def _upright8(
         image = Image.alpha_composite(Image.new('RGBA', clear.size, (0, 0, 0, 255)), clear)
     return image
 
-
+# %% ../../nbs/02_data/02_preprocessing.ipynb #71e2c66c
 def read_picture(
     file, # a path, or a binary file object
     n_channels:int=3, # 1 for grey, 3 for colour
@@ -51,9 +51,11 @@ def read_picture(
                 return _upright8(image).convert('L' if n_channels == 1 else 'RGB')
     except Image.DecompressionBombError as e:
         n_pixels = int(re.search(r'(\d+) pixels', str(e))[1])
-        raise PictureError(f'a picture must have at most {max_pixels:,} pixels, got {n_pixels:,} in {name}: make it smaller') from e
+        raise PictureError(f'a picture must have at most {max_pixels:,} pixels, '
+                           f'got {n_pixels:,} in {name}: make it smaller') from e
     except UnidentifiedImageError as e:
-        raise PictureError(f'a file must be a picture (PNG, JPEG, GIF, WebP, BMP, TIFF), got something else in {name}') from e
+        raise PictureError('a file must be a picture (PNG, JPEG, GIF, WebP, BMP, TIFF), '
+                           f'got something else in {name}') from e
     except (OSError, SyntaxError, ValueError, EOFError) as e:
         if isinstance(e, (PictureError, FileNotFoundError, IsADirectoryError, PermissionError)): raise
         raise PictureError(f'a picture must be whole, got a damaged one in {name} ({e}): save or send it again') from e
@@ -84,7 +86,7 @@ class ImagePreprocess:
         stat = lambda values: torch.tensor(values, device=x.device).view(1, -1, 1, 1)
         return (x / 255 - stat(self.mean)) / stat(self.std)
 
-# %% ../../nbs/02_data/02_preprocessing.ipynb #783b075b
+# %% ../../nbs/02_data/02_preprocessing.ipynb #2c570385
 def fit_preprocess(
     pictures:np.ndarray, # training pictures, bytes `(n, height, width)` or `(n, height, width, 3)`
 )->ImagePreprocess:
@@ -103,5 +105,6 @@ def read_batch(
 )->Tensor: # bytes `(batch, height, width)` if grey, else `(batch, height, width, 3)`
     "Read pictures from untrusted files and bring them to one size: shorter side first, then a centre crop."
     height, width = preprocess.size
-    pictures = [ImageOps.fit(read_picture(f, preprocess.n_channels), (width, height), Image.Resampling.BILINEAR) for f in files]
+    pictures = [ImageOps.fit(read_picture(f, preprocess.n_channels), (width, height), Image.Resampling.BILINEAR)
+                for f in files]
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures]))

@@ -17,14 +17,14 @@ from fastai.learner import CancelEpochException, Learner
 
 from .configuration import TrainConfig
 
-# %% ../../nbs/03_training/04_checkpoints.ipynb #3d91997a
+# %% ../../nbs/03_training/04_checkpoints.ipynb #cc001a7f
 def random_states(
     dls, # the loaders, whose training part owns a generator
 )->dict: # plain numbers, lists and tensors, so that no pickle is needed to read them
     "Take down every random state that decides how a training goes on."
     kind, keys, position, has_gauss, gauss = np.random.get_state()
-    return dict(python=random.getstate(), numpy=(kind, keys.tolist(), position, has_gauss, gauss), torch=torch.get_rng_state(),
-                loader=dls.train.rng.getstate())
+    return dict(python=random.getstate(), numpy=(kind, keys.tolist(), position, has_gauss, gauss),
+                torch=torch.get_rng_state(), loader=dls.train.rng.getstate())
 
 
 def set_random_states(
@@ -53,7 +53,7 @@ def write_atomically(
         os.replace(part, file)
     finally: part.unlink(missing_ok=True)
 
-# %% ../../nbs/03_training/04_checkpoints.ipynb #aeeecf21
+# %% ../../nbs/03_training/04_checkpoints.ipynb #a6bf5014
 class CheckpointError(ValueError):
     "A checkpoint that cannot be used: the message says why."
 
@@ -84,7 +84,7 @@ class CheckpointCallback(Callback):
                      random=random_states(self.dls), history=self.epoch_log.history)
         write_atomically(self.file, lambda f: torch.save(state, f))
 
-
+# %% ../../nbs/03_training/04_checkpoints.ipynb #1e172fd2
 def _plain(
     value, # a tree of dictionaries, lists, tensors and numbers
 ):
@@ -93,16 +93,18 @@ def _plain(
     if isinstance(value, (list, tuple)): return type(value)(_plain(v) for v in value)
     return value.item() if isinstance(value, np.generic) else value
 
-
+# %% ../../nbs/03_training/04_checkpoints.ipynb #1fee2f0c
 def read_checkpoint(
     file, # path of a checkpoint
 )->dict: # the state, with `epochs_done` and `history`
     "Read a checkpoint without running any code from it."
     try: return torch.load(file, map_location='cpu', weights_only=True)
-    except FileNotFoundError: raise CheckpointError(f'a run to resume must have a checkpoint, got none at {file}') from None
-    except Exception as e: raise CheckpointError(f'a checkpoint must be whole, got a damaged one at {file} ({type(e).__name__})') from e
+    except FileNotFoundError:
+        raise CheckpointError(f'a run to resume must have a checkpoint, got none at {file}') from None
+    except Exception as e:
+        raise CheckpointError(f'a checkpoint must be whole, got a damaged one at {file} ({type(e).__name__})') from e
 
-
+# %% ../../nbs/03_training/04_checkpoints.ipynb #1d5037da
 def fit(
     learn:Learner, # from `make_learner`
     config:TrainConfig, # how long and how fast

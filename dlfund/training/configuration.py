@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-# %% ../../nbs/03_training/05_configuration.ipynb #6fd64979
+# %% ../../nbs/03_training/05_configuration.ipynb #fb46e0ce
 class ConfigError(ValueError):
     "A configuration that breaks its schema: the message names the key, what was got, and the nearest valid choice."
 
@@ -30,7 +30,7 @@ def _check(
     "Raise if a rule of the schema does not hold."
     if not ok: raise ConfigError(f'{rule}, got {got!r}')
 
-
+# %% ../../nbs/03_training/05_configuration.ipynb #5139e11f
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     "What to learn from."
@@ -47,7 +47,7 @@ class ModelConfig:
     __pydantic_config__ = STRICT
     name:str='resnet-mini' # an architecture: `dlfund.vision.MODELS` names them
 
-
+# %% ../../nbs/03_training/05_configuration.ipynb #d9180b8b
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     "How to train it."
@@ -64,9 +64,10 @@ class TrainConfig:
         _check(0 <= self.seed < 2**32, 'train.seed must be from 0 to 2**32 - 1', self.seed)
         _check(self.precision in ('fp32', 'bf16'), "train.precision must be 'fp32' or 'bf16'", self.precision)
         _check(0 <= self.weight_decay < float('inf'), 'train.weight_decay must be at least 0', self.weight_decay)
-        _check(0 <= self.label_smoothing < 1, 'train.label_smoothing must be at least 0 and below 1', self.label_smoothing)
+        _check(0 <= self.label_smoothing < 1, 'train.label_smoothing must be at least 0 and below 1',
+               self.label_smoothing)
 
-
+# %% ../../nbs/03_training/05_configuration.ipynb #e564d7d1
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     "All that decides what a training does."
@@ -76,7 +77,7 @@ class Experiment:
     train:TrainConfig=field(default_factory=TrainConfig) # how to train it
     out:str='runs/' # folder that gets a new folder for this run
 
-# %% ../../nbs/03_training/05_configuration.ipynb #32169bfb
+# %% ../../nbs/03_training/05_configuration.ipynb #f4568e37
 class _Loader(yaml.SafeLoader):
     "PyYAML's safe loader, which also reads `1e-3` as a number, as YAML 1.2 does."
 
@@ -84,7 +85,7 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver('tag:yaml.org,2002:float', re.compile(r'^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$'),
                               list('-+0123456789'))
 
-
+# %% ../../nbs/03_training/05_configuration.ipynb #6a8b04bc
 def _nested(
     word:str, # `key=value`, with dots in the key
 )->dict: # `{'train': {'lr': 0.01}}` for `train.lr=0.01`
@@ -102,10 +103,11 @@ def _merge(
     above:dict, # a tree that wins
 )->dict:
     "Merge two trees of settings."
-    both = {k: _merge(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v for k, v in above.items()}
+    both = {k: _merge(below[k], v) if isinstance(v, dict) and isinstance(below.get(k), dict) else v
+            for k, v in above.items()}
     return {**below, **both}
 
-
+# %% ../../nbs/03_training/05_configuration.ipynb #11a429fd
 def _keys(
     schema:type, # a dataclass
     prefix:str='', # dotted path to it
@@ -116,7 +118,7 @@ def _keys(
         keys += _keys(f.type, f'{prefix}{f.name}.') if is_dataclass(f.type) else [prefix + f.name]
     return keys
 
-# %% ../../nbs/03_training/05_configuration.ipynb #13a8a692
+# %% ../../nbs/03_training/05_configuration.ipynb #a3637324
 def _said(
     error:dict, # one of pydantic's errors
 )->str: # one sentence
@@ -128,7 +130,7 @@ def _said(
     near = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0)
     return f'unknown key {key!r}: the nearest valid one is {near[0]!r}'
 
-
+# %% ../../nbs/03_training/05_configuration.ipynb #edeadc05
 def make_experiment(
     settings:dict, # a tree of settings; what is missing takes its default
 )->Experiment:
@@ -139,7 +141,7 @@ def make_experiment(
         cause = first.get('ctx', {}).get('error')
         raise ConfigError(str(cause) if cause is not None else _said(first)) from None
 
-
+# %% ../../nbs/03_training/05_configuration.ipynb #1e0fe2b2
 def read_experiment(
     file=None, # a YAML file, or None for the defaults
     overrides:list[str]=(), # `key=value` words; later ones win
@@ -148,14 +150,15 @@ def read_experiment(
     settings = {}
     if file is not None:
         try: settings = yaml.load(Path(file).read_text(encoding='utf-8'), _Loader) or {}
-        except FileNotFoundError: raise ConfigError(f'a configuration must be a YAML file, got no file at {file}') from None
+        except FileNotFoundError:
+            raise ConfigError(f'a configuration must be a YAML file, got no file at {file}') from None
         except (yaml.YAMLError, UnicodeDecodeError) as e:
             raise ConfigError(f'a configuration must be valid YAML, got {str(e).splitlines()[0]} in {file}') from None
         _check(isinstance(settings, dict), f'a configuration must be a mapping of keys to values in {file}', settings)
     for word in overrides: settings = _merge(settings, _nested(word))
     return make_experiment(settings)
 
-
+# %% ../../nbs/03_training/05_configuration.ipynb #38b973ef
 def write_experiment(
     experiment:Experiment, # any
     file, # path to write

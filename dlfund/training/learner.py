@@ -43,7 +43,7 @@ class EpochLogCallback(Callback):
         shown = '  '.join(f'{name} {row[name]:.4f}' for name in names)
         self.write(f'epoch {row["epoch"]}/{self.n_epoch}  {shown}  {row["seconds"]:.1f} s')
 
-# %% ../../nbs/03_training/01_learner.ipynb #c11de047
+# %% ../../nbs/03_training/01_learner.ipynb #549fa9ca
 class DivergedError(RuntimeError):
     "A training whose loss is no longer a number."
 
@@ -54,10 +54,11 @@ class StopOnNaN(Callback):
     def after_loss(self):
         if not self.training or math.isfinite(self.loss.item()): return
         lr = self.opt.hypers[-1]['lr']
-        raise DivergedError(f'the training loss must stay finite, got {self.loss.item()} in epoch {self.epoch + 1}, batch '
-                            f'{self.iter + 1} at learning rate {lr:.2g}: lower train.lr (a third is a good next try)')
+        raise DivergedError(f'the training loss must stay finite, got {self.loss.item()} in epoch {self.epoch + 1}, '
+                            f'batch {self.iter + 1} at learning rate {lr:.2g}: '
+                            'lower train.lr (a third is a good next try)')
 
-# %% ../../nbs/03_training/01_learner.ipynb #3ccb502f
+# %% ../../nbs/03_training/01_learner.ipynb #cf537a76
 def has_bf16(
     device:torch.device, # where the model is
 )->bool: # whether bfloat16 is computed by the hardware, not emulated
@@ -67,11 +68,12 @@ def has_bf16(
 
 
 class Precision(Callback):
-    "Compute predictions and losses in bfloat16 where that is safe, weights in float32: Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>."
+    "Compute in bfloat16 where safe, with float32 weights: Kalamkar et al. 2019, <https://arxiv.org/abs/1905.12322>."
     order = -5
     def before_fit(self):
         device = next(self.model.parameters()).device
-        if not has_bf16(device): raise ValueError(f"train.precision='bf16' needs hardware with bfloat16, got {device}: use 'fp32'")
+        if not has_bf16(device):
+            raise ValueError(f"train.precision='bf16' needs hardware with bfloat16, got {device}: use 'fp32'")
     def before_batch(self):
         self.autocast = torch.autocast(next(self.model.parameters()).device.type, torch.bfloat16)
         self.autocast.__enter__()
@@ -82,7 +84,7 @@ class Precision(Callback):
         if self.autocast is not None: self.autocast.__exit__(None, None, None)
         self.autocast = None
 
-# %% ../../nbs/03_training/01_learner.ipynb #caa88b36
+# %% ../../nbs/03_training/01_learner.ipynb #d8864100
 def make_learner(
     dls:DataLoaders, # training and validation batches
     model:nn.Module, # what to train
@@ -93,8 +95,8 @@ def make_learner(
     "Put a model, its data and a configuration into fastai's `Learner`."
     loss_func = nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
     callbacks = [StopOnNaN(), log or EpochLogCallback()] + ([Precision()] if config.precision == 'bf16' else [])
-    learn = Learner(dls, model.to(memory_format=torch.channels_last), loss_func, lr=config.lr, wd=config.weight_decay, metrics=accuracy,
-                    opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True), cbs=callbacks)
+    learn = Learner(dls, model.to(memory_format=torch.channels_last), loss_func, lr=config.lr, wd=config.weight_decay,
+                    metrics=accuracy, opt_func=partial(OptimWrapper, opt=torch.optim.AdamW, fused=True), cbs=callbacks)
     learn.logger = noop # `EpochLogCallback` writes the rows
     if not bar: learn.remove_cb(ProgressCallback)
     return learn

@@ -1,0 +1,35 @@
+"What every benchmark of the book shares: the machine's description, results with their spread, and a stored record."
+import json, os, platform, time
+from importlib.metadata import version
+from pathlib import Path
+from statistics import mean, stdev
+
+RESULTS = Path(__file__).parent/'results'
+
+
+def machine()->dict:
+    "Describe where a number was measured."
+    model = next((line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if 'model name' in line),
+                 platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
+    return dict(cpu=model, cores=os.cpu_count(), system=platform.system(), python=platform.python_version(),
+                **{name: version(name) for name in ('torch', 'fastai', 'dlfund')})
+
+
+def spread(
+    values:list[float], # one for each seed or repetition
+)->str: # `mean ± sd`
+    "Write several measurements as mean and standard deviation."
+    return f'{mean(values):.4f} ± {stdev(values):.4f}' if len(values) > 1 else f'{values[0]:.4f}'
+
+
+def store(
+    name:str, # of the benchmark
+    results, # anything JSON can hold
+    **facts, # seeds, hashes and settings that belong to it
+)->Path:
+    "Keep results together with the machine, the versions and the date."
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS/f'{name}.json'
+    record = dict(machine=machine(), date=time.strftime('%Y-%m-%d'), **facts, results=results)
+    file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
+    return file
