@@ -1,7 +1,8 @@
-"""What each part of the residual network and of its recipe is worth, on `fashion-mini`: `python benchmarks/resnet_ablation.py`.
+"""What each part of the residual network and of its recipe is worth, on `fashion-mini`: run with `depth ablation`.
 
-Two tables, three seeds each. The first takes one thing away from the main job. The second stacks more and more blocks, with and
-without shortcuts. The chapter *Residual networks* reads both from `benchmarks/results/resnet_ablation.json`."""
+`depth` stacks more and more blocks, with and without shortcuts; `ablation` takes one thing at a time away from the main job; three seeds
+each. The chapter *Residual networks* reads `benchmarks/results/resnet_depth.json` and `resnet_ablation.json`."""
+import argparse
 from dataclasses import replace
 
 import torch
@@ -92,5 +93,7 @@ def depth(fashion):
 
 
 if __name__ == '__main__':
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('parts', nargs='+', choices=('depth', 'ablation'))
     fashion = load('fashion-mini')
-    print(store('resnet_ablation', dict(depth=depth(fashion), ablation=ablation(fashion)), seeds=SEEDS, data=fashion.sha256))
+    for part in parser.parse_args().parts: print(store(f'resnet_{part}', dict(depth=depth, ablation=ablation)[part](fashion), seeds=SEEDS, data=fashion.sha256))

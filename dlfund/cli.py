@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['Failure', 'train', 'evaluate', 'predict', 'data', 'parser', 'main']
 
-# %% ../nbs/00_shared/02_cli.ipynb #4b7bc0b7
-import argparse, json, os, sys, warnings
+# %% ../nbs/00_shared/02_cli.ipynb #0d9cabb2
+import argparse, json, os, shlex, sys, warnings
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from . import __version__
@@ -22,26 +24,30 @@ class Failure(Exception):
         super().__init__(message)
         self.status = status
 
-# %% ../nbs/00_shared/02_cli.ipynb #0c5d18d8
+# %% ../nbs/00_shared/02_cli.ipynb #f5b6293c
 def _new_run(
     experiment, # whose `out` gets the new folder
 )->Path:
     "Make a folder for a run, with the next free number, even if two runs begin together."
+    from dlfund.training.configuration import write_experiment
     out, number = Path(experiment.out), 1
+    out.mkdir(parents=True, exist_ok=True)
     while True:
         run = out/f'{experiment.data.name}-{experiment.model.name}-{number}'
-        try: run.mkdir(parents=True)
+        try: run.mkdir()
         except FileExistsError: number += 1
-        else: return run
+        else: break
+    write_experiment(experiment, run/'experiment.yaml')
+    return run
 
-# %% ../nbs/00_shared/02_cli.ipynb #e3d246bf
+# %% ../nbs/00_shared/02_cli.ipynb #060a7705
 def _start(
     args, # of `dlfund train`
-): # the experiment, its folder and the checkpoint to go on from, if any
+): # the experiment, and the folder and the checkpoint to go on from, if any
     "Read what to do: a new experiment, or one that was stopped."
-    from dlfund.training.configuration import read_experiment, write_experiment
-    from dlfund.training.checkpoints import read_checkpoint
+    from dlfund.training.configuration import read_experiment
     if args.resume:
+        from dlfund.training.checkpoints import read_checkpoint # brings torch, for which a misspelt key need not wait
         if args.words:
             raise Failure('--resume goes on with the run as it was, '
                           f'got also {" ".join(args.words)}: leave that out', 2)
@@ -53,9 +59,7 @@ def _start(
     if len(configs) > 1: raise Failure(f'train takes one configuration, got {" and ".join(configs)}', 2)
     experiment = read_experiment(configs[0] if configs else None, [word for word in args.words if '=' in word])
     _check_names(experiment)
-    run = _new_run(experiment)
-    write_experiment(experiment, run/'experiment.yaml')
-    return experiment, run, None
+    return experiment, None, None
 
 # %% ../nbs/00_shared/02_cli.ipynb #c5bf3393
 def _check_names(
@@ -72,7 +76,7 @@ def _check_names(
         raise Failure('data.name must be a dataset of pictures with classes, '
                       f'got {experiment.data.name!r}, whose task is {task}', 2)
 
-# %% ../nbs/00_shared/02_cli.ipynb #e157adb9
+# %% ../nbs/00_shared/02_cli.ipynb #878d0869
 def _learner(
     experiment, # what to do
     splits, # its data
@@ -86,7 +90,8 @@ def _learner(
     dls = loaders(splits, preprocess, experiment.data.bs, experiment.data.augment)
     seed_everything(experiment.train.seed, dls)
     model = build(experiment.model.name, n_classes=len(splits.labels), n_channels=preprocess.n_channels)
-    return make_learner(dls, model, experiment.train, bar=sys.stdout.isatty(), log=EpochLogCallback(print, history))
+    return make_learner(dls, model, experiment.train, bar=sys.stdout.isatty(),
+                        log=EpochLogCallback(partial(print, flush=True), history))
 
 # %% ../nbs/00_shared/02_cli.ipynb #fa1a15af
 def _bundle(
@@ -105,7 +110,7 @@ def _bundle(
                        removed=splits.removed, n_test_reads=splits.n_test_reads)
     return bundle
 
-# %% ../nbs/00_shared/02_cli.ipynb #b39837ad
+# %% ../nbs/00_shared/02_cli.ipynb #c47bfad0
 def train(
     args:argparse.Namespace, # words, resume
 )->None:
@@ -113,22 +118,38 @@ def train(
     experiment, run, state = _start(args)
     from dlfund.data.datasets import load
     from dlfund.data.preprocessing import fit_preprocess
-    from dlfund.training.checkpoints import fit, read_checkpoint
+    from dlfund.training.checkpoints import fit
     splits = load(experiment.data.name)
+    if experiment.data.bs > len(splits.train):
+        raise Failure(f'data.bs must be at most the {len(splits.train)} training examples, got {experiment.data.bs}', 2)
     preprocess = fit_preprocess(splits.train.x)
     learn = _learner(experiment, splits, preprocess, state['history'] if state else [])
+    run = run or _new_run(experiment)
     print(f'{splits.name}: {len(splits.train)} / {len(splits.valid)} examples to train and validate; run in {run}',
           flush=True)
-    try: history = fit(learn, experiment.train, run/'checkpoint.pt', state)
-    except KeyboardInterrupt:
-        done = read_checkpoint(run/'checkpoint.pt')['epochs_done']
-        raise Failure(f'stopped; {done} of {experiment.train.epochs} epochs are saved: '
-                      f'go on with `dlfund train --resume {run}`') from None
-    (run/'history.json').write_text(json.dumps(history, indent=1))
-    bundle = _bundle(experiment, splits, preprocess, learn.model)
-    print(f"test accuracy {bundle.metrics['test']['accuracy']:.4f} on {bundle.metrics['test']['n']} examples, "
-          f'read {splits.n_test_reads} time(s)')
-    print(bundle.save(run/'bundle'))
+    try:
+        history = fit(learn, experiment.train, run/'checkpoint.pt', state)
+        (run/'history.json').write_text(json.dumps(history, indent=1))
+        bundle = _bundle(experiment, splits, preprocess, learn.model)
+        print(f"test accuracy {bundle.metrics['test']['accuracy']:.4f} on {bundle.metrics['test']['n']} examples, "
+              f'read {splits.n_test_reads} time(s)')
+        print(bundle.save(run/'bundle'))
+    except BrokenPipeError: raise
+    except (KeyboardInterrupt, OSError) as e: raise _stopped(e, experiment, run) from e
+
+# %% ../nbs/00_shared/02_cli.ipynb #69b39278
+def _stopped(
+    e, # an interruption, or a disk that is full
+    experiment, # that was under way
+    run, # its folder
+)->Failure:
+    "Say how far a run came, and how to go on."
+    from dlfund.training.checkpoints import CheckpointError, read_checkpoint
+    why = 'stopped' if isinstance(e, KeyboardInterrupt) else _explain(e)[0]
+    try: done = read_checkpoint(run/'checkpoint.pt')['epochs_done']
+    except CheckpointError: return Failure(f'{why}; nothing is saved yet')
+    return Failure(f'{why}; {done} of {experiment.train.epochs} epochs are saved: '
+                   f'go on with `dlfund train --resume {shlex.quote(str(run))}`')
 
 # %% ../nbs/00_shared/02_cli.ipynb #1d624e77
 def evaluate(
@@ -150,7 +171,7 @@ def evaluate(
     else: print(f"{found['data']} {found['part']}: accuracy {found['accuracy']:.4f}, "
                 f"cross-entropy {found['cross_entropy']:.4f}, {found['n']} examples")
 
-# %% ../nbs/00_shared/02_cli.ipynb #a9b71acd
+# %% ../nbs/00_shared/02_cli.ipynb #ea851978
 def predict(
     args:argparse.Namespace, # bundle, files, json
 )->None:
@@ -159,21 +180,36 @@ def predict(
     from dlfund.deployment.bundle import Bundle
     bundle, failed = Bundle.load(args.bundle), 0
     for file in args.files:
-        try: answer = bundle.predict(read_batch([file], bundle.preprocess))[0]
+        try:
+            with _silent_libraries(): pictures = read_batch([file], bundle.preprocess)
         except (ValueError, OSError) as e:
             failed += 1
-            _note(str(e))
+            _note(_explain(e)[0])
             continue
+        answer = bundle.predict(pictures)[0]
         if args.json: print(json.dumps(dict(file=file, **asdict(answer))))
         else: print(f'{file}\t{answer.label}\t{answer.probability:.4f}')
     if failed: raise Failure(f'{failed} of {len(args.files)} files could not be read')
+
+# %% ../nbs/00_shared/02_cli.ipynb #185833b9
+@contextmanager
+def _silent_libraries():
+    "Keep from the user what C libraries print on standard error: libtiff has a line for each fault of a file."
+    sys.stderr.flush()
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try: yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
 
 
 def _note(
     line:str, # for the user, not for the program that reads our output
 )->None:
-    "Say something on standard error."
-    print(f'dlfund: {line}', file=sys.stderr)
+    "Say something on standard error, in one line."
+    print('dlfund:', *line.split(), file=sys.stderr)
 
 # %% ../nbs/00_shared/02_cli.ipynb #9decfc1a
 def data(
@@ -237,7 +273,7 @@ def _bundle_arguments(
     p.add_argument('bundle', metavar='BUNDLE', help='a folder or .zip file that `dlfund train` made')
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
 
-# %% ../nbs/00_shared/02_cli.ipynb #2bdd427e
+# %% ../nbs/00_shared/02_cli.ipynb #32a705bf
 def main(
     words:list[str]|None=None, # the arguments; by default those of the process
 )->int: # exit status: 0 done, 1 failed, 2 wrong usage or configuration
@@ -247,6 +283,7 @@ def main(
     try:
         args = parser().parse_args(words)
         args.run(args)
+        sys.stdout.flush() # a closed pipe or a full disk is an error like others here; at Python's exit a mess
         return 0
     except KeyboardInterrupt: message, status = 'stopped', 1
     except BrokenPipeError: return _quiet_end()
@@ -254,9 +291,11 @@ def main(
         if '--debug' in words: raise
         message, status = _explain(e)
     _note(message)
+    try: sys.stdout.flush()
+    except OSError: _quiet_end()
     return status
 
-# %% ../nbs/00_shared/02_cli.ipynb #48d4f881
+# %% ../nbs/00_shared/02_cli.ipynb #3de0ffd0
 def _quiet_end()->int:
     "End without a word when the program that reads our output has gone, as after `| head -1`."
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -267,7 +306,7 @@ def _explain(
     e:Exception, # what went wrong
 )->tuple[str, int]: # one line and an exit status
     "Say what went wrong in one line."
-    line = ' '.join(str(e).split())
+    line = ' '.join(str(e).rpartition('`:\n\t')[2].split()) # before this mark fastai names the callback
     if isinstance(e, Failure): return line, e.status
     if type(e).__name__ == 'ConfigError': return line, 2
     if isinstance(e, ValueError) and type(e).__module__.startswith('dlfund'): return line, 1

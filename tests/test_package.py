@@ -12,7 +12,8 @@ CONFIG = configparser.ConfigParser(delimiters=['='])
 CONFIG.read(ROOT/'settings.ini', encoding='utf-8')
 CONFIG = CONFIG['DEFAULT']
 SOURCES = sorted(p for p in (ROOT/'dlfund').rglob('*.py') if p.name != '_modidx.py')
-PARTS = ('foundations', 'data', 'training', 'vision', 'sequences', 'transformers', 'generative', 'advanced', 'deployment') # DESIGN's table
+PARTS = ('foundations', 'data', 'training', 'vision', 'sequences', 'transformers', 'generative', 'advanced',
+         'deployment') # a part imports from those before it
 SHARED = {'plots', 'exercises'}
 
 
@@ -37,8 +38,8 @@ def test_the_library_is_what_nbdev_exports(tmp_path):
     code = 'from nbdev.doclinks import nbdev_export; nbdev_export()'
     ran = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0 and len(generated) > 5, ran.stderr
-    python = lambda root: {p.relative_to(root).as_posix(): p.read_text(encoding='utf-8') for p in (root/'dlfund').rglob('*.py')}
-    ours, theirs = python(ROOT), python(tmp_path)
+    ours, theirs = ({p.relative_to(root).as_posix(): p.read_text(encoding='utf-8')
+                     for p in (root/'dlfund').rglob('*.py')} for root in (ROOT, tmp_path))
     assert ours.keys() == theirs.keys() and [name for name in ours if ours[name] != theirs[name]] == []
 
 
@@ -53,7 +54,8 @@ def imported(
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
         if not isinstance(node, ast.ImportFrom): continue
-        base = '.'.join([*module[:len(module) - node.level], *filter(None, [node.module])]) if node.level else node.module
+        above = module[:len(module) - node.level] if node.level else []
+        base = '.'.join([*above, *filter(None, [node.module])])
         found |= {f'{base}.{alias.name}' for alias in node.names} if base == 'dlfund' else {base}
     return {name.removeprefix('dlfund.') for name in found if name.startswith('dlfund.')}
 
@@ -61,8 +63,9 @@ def imported(
 def against_the_layers(tree, module):
     "List imports that go down DESIGN's table."
     own = module[1]
-    allowed = set(PARTS) | SHARED if own == 'cli' else SHARED | set(PARTS[:PARTS.index(own) + 1] if own in PARTS else ())
-    return sorted(name for name in imported(tree, module) if name.split('.')[0] not in allowed | {'__version__'})
+    n_above = len(PARTS) if own == 'cli' else PARTS.index(own) + 1 if own in PARTS else 0
+    allowed = {*PARTS[:n_above], *SHARED, '__version__'}
+    return sorted(name for name in imported(tree, module) if name.split('.')[0] not in allowed)
 
 
 @pytest.mark.parametrize('path', SOURCES, ids=relative)
@@ -72,10 +75,14 @@ def test_layers(path):
 
 
 @pytest.mark.parametrize('module, source, wrong', [
-    ('dlfund.data.x', 'from ..vision import build', ['vision']), ('dlfund.data.x', 'from dlfund.training.learner import a', ['training.learner']),
-    ('dlfund.training.x', 'def f(): from ..cli import main', ['cli']), ('dlfund.plots', 'import dlfund.data.datasets', ['data.datasets']),
-    ('dlfund.vision.__init__', 'from .resnet import a\nfrom ..data import b\nfrom ..plots import c', []), ('dlfund.cli', 'from . import __version__, data', [])])
-def test_the_layers_can_be_broken(module, source, wrong): assert against_the_layers(ast.parse(source), module.split('.')) == wrong
+    ('dlfund.data.x', 'from ..vision import build', ['vision']),
+    ('dlfund.data.x', 'from dlfund.training.learner import a', ['training.learner']),
+    ('dlfund.training.x', 'def f(): from ..cli import main', ['cli']),
+    ('dlfund.plots', 'import dlfund.data.datasets', ['data.datasets']),
+    ('dlfund.vision.__init__', 'from .resnet import a; from ..data import b; from ..plots import c', []),
+    ('dlfund.cli', 'from . import __version__, data', [])])
+def test_a_broken_layer_is_seen(module, source, wrong):
+    assert against_the_layers(ast.parse(source), module.split('.')) == wrong
 
 
 def test_the_package_itself_imports_nothing():
@@ -87,7 +94,8 @@ def test_the_package_itself_imports_nothing():
 # What it never does
 
 MODULES = {'pickle', 'cPickle', 'cloudpickle', 'dill', 'joblib', 'shelve', 'marshal', 'subprocess'}
-NAMES = {'eval', 'exec', 'compile', '__import__', 'load_learner', 'torch.hub.load', 'os.system', 'os.popen', 'yaml.unsafe_load', 'yaml.full_load'}
+NAMES = {'eval', 'exec', 'compile', '__import__', 'load_learner', 'torch.hub.load', 'os.system', 'os.popen',
+         'yaml.unsafe_load', 'yaml.full_load'}
 SAFE = {'torch.load': ('weights_only', True), 'np.load': ('allow_pickle', False)}
 
 
@@ -95,14 +103,16 @@ def dangers(tree):
     "List what could run code from a file."
     found = []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): found += [alias.name for alias in node.names if alias.name.split('.')[0] in MODULES]
-        if isinstance(node, ast.ImportFrom): found += [node.module for _ in node.names[:1] if (node.module or '').split('.')[0] in MODULES]
-        if isinstance(node, ast.ImportFrom): found += [alias.name for alias in node.names if alias.name in NAMES]
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            modules = [node.module or '']
+            found += [alias.name for alias in node.names if alias.name in NAMES]
+        found += [name for name in modules if name.split('.')[0] in MODULES]
         if not isinstance(node, ast.Call): continue
         name, given = ast.unparse(node.func), {k.arg: getattr(k.value, 'value', None) for k in node.keywords}
         if name in NAMES or name.split('.')[-1] == 'load_learner': found.append(name)
         if name in SAFE and given.get(SAFE[name][0]) is not SAFE[name][1]: found.append(name)
-        if name == 'yaml.load' and 'Loader' not in ast.unparse(node.args[1] if len(node.args) > 1 else node): found.append(name)
+        if name == 'yaml.load' and not any('Loader' in ast.unparse(arg) for arg in node.args[1:]): found.append(name)
     return found
 
 
@@ -111,13 +121,15 @@ def test_no_code_is_run_from_a_file(path): assert dangers(ast.parse(path.read_te
 
 
 @pytest.mark.parametrize('source', [
-    'import pickle', 'from pickle import loads', 'def f(): import cloudpickle as c', 'torch.load(f)', 'torch.load(f, weights_only=False)',
-    'np.load(f, allow_pickle=True)', 'np.load(f)', 'eval(x)', 'exec(x)', 'learn = load_learner(f)', 'fastai.learner.load_learner(f)', 'os.system(x)',
-    'yaml.load(f)', 'from fastai.learner import load_learner', 'torch.hub.load(x)'])
+    'import pickle', 'from pickle import loads', 'def f(): import cloudpickle as c', 'yaml.load(f)', 'torch.load(f)',
+    'torch.load(f, weights_only=False)', 'np.load(f)', 'np.load(f, allow_pickle=True)', 'eval(x)', 'exec(x)',
+    'from fastai.learner import load_learner', 'learn = load_learner(f)', 'fastai.learner.load_learner(f)',
+    'os.system(x)', 'torch.hub.load(x)'])
 def test_a_danger_is_seen(source): assert len(dangers(ast.parse(source))) == 1
 
 
-@pytest.mark.parametrize('source', ['model.eval()', 'torch.load(f, weights_only=True)', 'yaml.load(f, _Loader)', 're.compile(x)', 'yaml.safe_load(f)'])
+@pytest.mark.parametrize('source', [
+    'model.eval()', 'torch.load(f, weights_only=True)', 'yaml.load(f, _Loader)', 're.compile(x)', 'yaml.safe_load(f)'])
 def test_what_is_harmless_is_not_reported(source): assert dangers(ast.parse(source)) == []
 
 
@@ -138,7 +150,7 @@ def methods(name, cls):
     "The public methods of a class, and those that its users call by other signs."
     for key, value in vars(cls).items():
         function = inspect.unwrap(getattr(value, 'fget', None) or getattr(value, '__func__', value))
-        written = inspect.isfunction(function) and function.__code__.co_filename.endswith('.py') # a dataclass writes its own
+        written = inspect.isfunction(function) and function.__code__.co_filename.endswith('.py') # not by `dataclass`
         if written and (not key.startswith('_') or key in ('__init__', '__call__')): yield f'{name}.{key}', function
 
 
@@ -146,7 +158,8 @@ PUBLIC = dict(public())
 
 
 def test_there_is_something_to_describe():
-    assert {'dlfund.data.datasets.load', 'dlfund.deployment.bundle.Bundle.predict', 'dlfund.vision.resnet.ResNet.forward'} <= PUBLIC.keys()
+    known = {'data.datasets.load', 'deployment.bundle.Bundle.predict', 'vision.resnet.ResNet.forward'}
+    assert {f'dlfund.{name}' for name in known} <= PUBLIC.keys()
 
 
 @pytest.mark.parametrize('name', PUBLIC)
@@ -165,11 +178,11 @@ def test_documentation(name):
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     "The wheel, built from a copy of the repository."
-    tree = copied(tmp_path_factory.mktemp('tree'), 'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'LICENSE-prose', 'README.md',
-                  'dlfund', 'nbs', 'tests', 'scripts', 'configs')
-    out = tmp_path_factory.mktemp('wheel')
-    ran = subprocess.run([sys.executable, '-m', 'pip', 'wheel', '.', '-q', '--no-deps', '--no-build-isolation', '-w', str(out)], cwd=tree,
-                         capture_output=True, text=True)
+    tree, out = tmp_path_factory.mktemp('tree'), tmp_path_factory.mktemp('wheel')
+    copied(tree, 'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'LICENSE-prose', 'README.md',
+           'dlfund', 'nbs', 'tests', 'scripts', 'configs')
+    command = [sys.executable, '-m', 'pip', 'wheel', '.', '-q', '--no-deps', '--no-build-isolation', '-w', str(out)]
+    ran = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     return next(out.glob('*.whl'))
 
@@ -177,7 +190,7 @@ def wheel(tmp_path_factory):
 def test_what_is_in_the_wheel(wheel):
     with zipfile.ZipFile(wheel) as z: names = set(z.namelist())
     meta = f'dlfund-{CONFIG["version"]}.dist-info'
-    ours = {p.relative_to(ROOT).as_posix() for pattern in ('*.py', 'embedded/*') for p in (ROOT/'dlfund').rglob(pattern)}
+    ours = {relative(p) for pattern in ('*.py', 'embedded/*') for p in (ROOT/'dlfund').rglob(pattern)}
     assert {name for name in names if name.startswith('dlfund/')} == ours
     assert {name.split('/')[0] for name in names} == {'dlfund', meta}
     assert {f'{meta}/licenses/LICENSE', f'{meta}/licenses/LICENSE-prose', 'dlfund/data/embedded/LICENSES.md'} <= names
@@ -185,7 +198,8 @@ def test_what_is_in_the_wheel(wheel):
 
 
 def test_what_the_wheel_says(wheel):
-    with zipfile.ZipFile(wheel) as z: said = {n.rsplit('/', 1)[-1]: z.read(n).decode() for n in z.namelist() if '.dist-info/' in n}
+    with zipfile.ZipFile(wheel) as z:
+        said = {name.rpartition('/')[2]: z.read(name).decode() for name in z.namelist() if '.dist-info/' in name}
     assert 'dlfund = dlfund.cli:main' in said['entry_points.txt']
     metadata = said['METADATA'].splitlines()
     needed = {Requirement(line.partition(': ')[2]) for line in metadata if line.startswith('Requires-Dist: ')}

@@ -52,7 +52,7 @@ class RemoteFile:
     hashes:tuple[str, ...] # accepted contents, `sha256:...`, or `md5:...` where the publisher gives nothing stronger
     size:int # bytes, an upper bound for what is accepted
 
-# %% ../../nbs/02_data/01_datasets.ipynb #82b081fd
+# %% ../../nbs/02_data/01_datasets.ipynb #023356ff
 def _session():
     "An HTTP session that tries again when a server is busy."
     session = requests.Session()
@@ -68,13 +68,13 @@ def _transfer(
 )->None:
     "Bring the bytes at `url` into `part`, going on where an earlier transfer stopped."
     begin = part.stat().st_size if part.exists() else 0
-    headers = {'Range': f'bytes={begin}-'} if begin else {}
+    headers = {'Accept-Encoding': 'identity'} | ({'Range': f'bytes={begin}-'} if begin else {}) # the published bytes
     with _session() as session, session.get(url, headers=headers, stream=True, timeout=(5, 60)) as answer:
         if answer.status_code == 416: part.unlink(); return _transfer(url, part, size)
         answer.raise_for_status()
         continued = answer.status_code == 206
         with open(part, 'ab' if continued else 'wb') as f:
-            for block in answer.iter_content(1 << 20):
+            for block in answer.iter_content(1 << 16):
                 f.write(block)
                 if f.tell() > size: raise OSError(f'more than the {size:,} bytes that were published')
 
@@ -443,7 +443,7 @@ def find(
             if all(p.is_file() for p in paths): return layout, paths
     return None
 
-# %% ../../nbs/02_data/01_datasets.ipynb #08d1a011
+# %% ../../nbs/02_data/01_datasets.ipynb #b009dd71
 def get(
     name:str, # of a dataset
     root=None, # as in `places`
@@ -459,12 +459,12 @@ def get(
         if cache not in path.parents:
             raise DataError(f'{path} must be the published file, '
                             'got another content (wrong hash): replace it or remove it')
-        say(f'{path} is not the published file (wrong hash); deleted, and fetched again')
+        say(f'{path} is not the published file (wrong hash); deleted')
         path.unlink()
-        fetch(file, cache, say)
+        return get(name, root, say)
     return found[1]
 
-# %% ../../nbs/02_data/01_datasets.ipynb #4cc6b4f6
+# %% ../../nbs/02_data/01_datasets.ipynb #d5f8e974
 def _checked_embedded(
     name:str, # of an embedded dataset
 )->Path:
@@ -474,7 +474,7 @@ def _checked_embedded(
         raise DataError(f'{path} must be the packaged file, got another content (wrong hash): install dlfund again')
     return path
 
-
+# %% ../../nbs/02_data/01_datasets.ipynb #66665b17
 def _download(
     dataset:Dataset, # what to fetch
     cache:Path, # where to
@@ -487,7 +487,10 @@ def _download(
     why = 'DLFUND_OFFLINE is set'
     if not os.environ.get('DLFUND_OFFLINE'):
         try:
-            for f in layout.files: say(f'fetching {f.path} ({f.size/1e6:.1f} MB)'); fetch(f, cache, say)
+            for f in layout.files:
+                if (cache/f.path).is_file() and hash_matches(cache/f.path, f.hashes): continue
+                say(f'fetching {f.path} ({f.size/1e6:.1f} MB)')
+                fetch(f, cache, say)
             return [cache/f.path for f in layout.files]
         except DataError as e: why = str(e)
     looked = ', '.join(str(p) for p in places(root))

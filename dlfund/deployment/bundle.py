@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'WEIGHTS', 'FACTS', 'CARD', 'MAX_BYTES', 'BundleError', 'Prediction', 'Bundle', 'model_card']
 
-# %% ../../nbs/09_deployment/01_bundles.ipynb #165781e8
-import hashlib, io, json, os, platform, shutil, zipfile
+# %% ../../nbs/09_deployment/01_bundles.ipynb #79ccdb65
+import hashlib, io, json, os, platform, shutil, zipfile, zlib
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..data.datasets import Split
 from ..data.preprocessing import ImagePreprocess, read_batch
 from ..vision import build
 
-# %% ../../nbs/09_deployment/01_bundles.ipynb #84e75bbf
+# %% ../../nbs/09_deployment/01_bundles.ipynb #68e6ed3d
 class BundleError(ValueError):
     "A bundle that cannot be used: the message says what is wrong with it, and what to do."
 
@@ -34,7 +34,7 @@ class Prediction:
     probability:float # of that class, 0 to 1
     probabilities:dict[str, float] # of every class
 
-
+# %% ../../nbs/09_deployment/01_bundles.ipynb #964baafe
 @dataclass(kw_only=True, eq=False)
 class Bundle:
     "A model with everything that prediction needs."
@@ -45,11 +45,15 @@ class Bundle:
     metrics:dict # {part: {metric: value}}; `test` was measured once
     data:dict # what it was trained on: name, sha256, licence, source, n_test_reads
     training:dict # the experiment, as `asdict` gives it
-    task:str='image-classification'
+    task:str='image-classification' # what `predict` answers
     def __post_init__(self):
         n_classes = self.architecture['n_classes']
         if len(self.labels) != n_classes:
             raise BundleError(f'labels must name every class, got {len(self.labels)} labels for {n_classes} classes')
+        if len(set(self.labels)) != n_classes: raise BundleError(f'labels must differ, got {self.labels}')
+        if self.preprocess.n_channels != self.architecture['n_channels']:
+            raise BundleError('preprocessing must give the channels that the network takes, '
+                              f"got {self.preprocess.n_channels} and {self.architecture['n_channels']}")
         self.model.eval()
 
 # %% ../../nbs/09_deployment/01_bundles.ipynb #222cc5f9
@@ -160,15 +164,25 @@ def _write(
         for name, content in contents.items(): z.writestr(zipfile.ZipInfo(name), content)
     with open(place, 'wb') as f: _write_synced(f, packed.getvalue())
 
-# %% ../../nbs/09_deployment/01_bundles.ipynb #8a425bd5
+# %% ../../nbs/09_deployment/01_bundles.ipynb #37f0ed7f
 def _remove(
     place:Path, # a file, a folder or nothing
 )->None:
     "Remove what is there, if anything is."
-    if place.is_dir(): shutil.rmtree(place)
+    if place.is_dir() and not place.is_symlink(): shutil.rmtree(place)
     else: place.unlink(missing_ok=True)
 
-# %% ../../nbs/09_deployment/01_bundles.ipynb #4feebe31
+# %% ../../nbs/09_deployment/01_bundles.ipynb #6c5bd073
+def _may_replace(
+    path:Path, # where a bundle is to be saved
+)->bool: # whether nothing else is lost
+    "Tell whether a place is free, empty or taken by a bundle of the same kind."
+    if not path.exists(): return True
+    if path.is_dir(): return path.suffix != '.zip' and ((path/FACTS).is_file() or not any(path.iterdir()))
+    if path.suffix != '.zip' or not zipfile.is_zipfile(path): return False
+    with zipfile.ZipFile(path) as z: return FACTS in z.namelist()
+
+# %% ../../nbs/09_deployment/01_bundles.ipynb #284bc90b
 @patch
 def save(
     self:Bundle,
@@ -176,8 +190,8 @@ def save(
 )->Path: # the same path
     "Write the bundle beside its place and move it there when it is whole."
     path = Path(path)
-    if path.is_dir() and (path.suffix == '.zip' or not (path/FACTS).is_file() and any(path.iterdir())):
-        raise BundleError(f'a bundle may replace only a bundle, got another folder at {path}: choose another place')
+    if not _may_replace(path):
+        raise BundleError(f'a bundle may replace only a bundle, got something else at {path}: choose another place')
     path.parent.mkdir(parents=True, exist_ok=True)
     part, old = (path.with_name(f'.{path.name}.{os.getpid()}.{end}') for end in ('part', 'old'))
     try:
@@ -191,7 +205,7 @@ def save(
         for leftover in (part, old): _remove(leftover)
     return path
 
-# %% ../../nbs/09_deployment/01_bundles.ipynb #b5d15dd2
+# %% ../../nbs/09_deployment/01_bundles.ipynb #a213e659
 MAX_BYTES = 4 << 30
 
 
@@ -205,10 +219,13 @@ def _read_contents(
     try:
         with zipfile.ZipFile(path) as z:
             members = [z.getinfo(name) for name in wanted if name in z.namelist()]
+            if {m.compress_type for m in members} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
+                raise zipfile.BadZipFile('a compression other than deflate')
             if sum(m.file_size for m in members) > MAX_BYTES:
                 raise BundleError(f'a bundle must be smaller than {MAX_BYTES:,} bytes, got more in {path}')
             return {m.filename: z.read(m) for m in members}
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as e:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as e:
+        if isinstance(e, BundleError): raise
         raise BundleError('a bundle must be a folder or a whole .zip file, '
                           f'got something else at {path} ({e})') from None
 

@@ -38,7 +38,7 @@ def set_random_states(
     torch.set_rng_state(states['torch'])
     dls.train.rng.setstate(states['loader'])
 
-# %% ../../nbs/03_training/04_checkpoints.ipynb #0fc36726
+# %% ../../nbs/03_training/04_checkpoints.ipynb #27c3cd75
 def write_atomically(
     file:Path, # where the file shall be
     write, # called with a binary file object
@@ -51,6 +51,10 @@ def write_atomically(
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, file)
+    except (OSError, RuntimeError) as e: # `torch.save` turns the error of a full disk into a RuntimeError
+        cause = e if isinstance(e, OSError) else e.__context__
+        if not isinstance(cause, OSError): raise
+        raise OSError(cause.errno, cause.strerror, str(file)) from e
     finally: part.unlink(missing_ok=True)
 
 # %% ../../nbs/03_training/04_checkpoints.ipynb #a6bf5014

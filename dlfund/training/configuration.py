@@ -130,18 +130,21 @@ def _said(
     near = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0)
     return f'unknown key {key!r}: the nearest valid one is {near[0]!r}'
 
-# %% ../../nbs/03_training/05_configuration.ipynb #edeadc05
+# %% ../../nbs/03_training/05_configuration.ipynb #95bf4e99
 def make_experiment(
     settings:dict, # a tree of settings; what is missing takes its default
 )->Experiment:
     "Check a tree of settings against the schema."
-    try: return TypeAdapter(Experiment).validate_json(json.dumps(settings, default=str))
+    try: plain = json.dumps(settings, default=str)
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ConfigError(f'a configuration must be a tree whose keys are words, got another ({e})') from None
+    try: return TypeAdapter(Experiment).validate_json(plain)
     except ValidationError as e:
         first = e.errors()[0]
         cause = first.get('ctx', {}).get('error')
         raise ConfigError(str(cause) if cause is not None else _said(first)) from None
 
-# %% ../../nbs/03_training/05_configuration.ipynb #1e0fe2b2
+# %% ../../nbs/03_training/05_configuration.ipynb #642efd83
 def read_experiment(
     file=None, # a YAML file, or None for the defaults
     overrides:list[str]=(), # `key=value` words; later ones win
@@ -150,10 +153,12 @@ def read_experiment(
     settings = {}
     if file is not None:
         try: settings = yaml.load(Path(file).read_text(encoding='utf-8'), _Loader) or {}
-        except FileNotFoundError:
-            raise ConfigError(f'a configuration must be a YAML file, got no file at {file}') from None
+        except OSError as e:
+            raise ConfigError(f'a configuration must be a YAML file, got {e.strerror.lower()} at {file}') from None
         except (yaml.YAMLError, UnicodeDecodeError) as e:
-            raise ConfigError(f'a configuration must be valid YAML, got {str(e).splitlines()[0]} in {file}') from None
+            mark = getattr(e, 'problem_mark', None)
+            why = f'{e.problem} in line {mark.line + 1}' if mark else str(e).splitlines()[0]
+            raise ConfigError(f'a configuration must be valid YAML, got something else in {file} ({why})') from None
         _check(isinstance(settings, dict), f'a configuration must be a mapping of keys to values in {file}', settings)
     for word in overrides: settings = _merge(settings, _nested(word))
     return make_experiment(settings)
