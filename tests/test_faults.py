@@ -214,8 +214,8 @@ def test_an_archive_that_reaches_out(cli, small, tmp_path, monkeypatch, kind):
 def test_a_damaged_archive_is_one_kind_of_error(tmp_path):
     write_tar(tmp_path/'a.tar.gz', [(f'{i}.txt', bytes(range(256))*2) for i in range(20)])
     good = (tmp_path/'a.tar.gz').read_bytes()
-    damaged = [good[:n] for n in range(len(good))]
-    damaged += [good[:n] + bytes([good[n] ^ 255]) + good[n + 1:] for n in range(len(good))]
+    places = range(0, len(good), 3)
+    damaged = [good[:n] for n in places] + [good[:n] + bytes([good[n] ^ 255]) + good[n + 1:] for n in places]
     for raw in damaged:
         (tmp_path/'a.tar.gz').write_bytes(raw)
         try: list(read_members(tmp_path/'a.tar.gz')) # tarfile does not see every damage; the hash does
