@@ -8,12 +8,14 @@ config = ConfigParser(delimiters=['='])
 config.read('settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 extras = {key.removesuffix('_requirements'): cfg[key].split() for key in cfg if key.endswith('_requirements')}
-readme = Path('README.md')
+readme = Path('README.md').read_text(encoding='utf-8') if Path('README.md').exists() else cfg['description']
+for relative, absolute in {'](README_files/': f"]({cfg['git_url']}/raw/main/README_files/", '](nbs/': f"]({cfg['git_url']}/blob/main/nbs/"}.items():
+    readme = readme.replace(relative, absolute) # on PyPI there is no repository around the page
 
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], url=cfg['git_url'], license='Apache-2.0',
-    long_description=readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],
+    long_description=readme,
     long_description_content_type='text/markdown', python_requires=f'>={cfg["min_python"]}',
     classifiers=['Intended Audience :: Education', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],

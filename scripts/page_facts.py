@@ -29,7 +29,8 @@ def executed(
     stamp = nb['metadata'].get('executed')
     if not any(c.get('outputs') for c in nb['cells']): return ''
     if not stamp or stamp['digest'] != digest(nb): return 'Changed since it was last executed as a whole'
-    return 'Last executed with ' + ', '.join(f'{k} {stamp["versions"][k]}' for k in ('python', 'torch', 'dlfund'))
+    with_what = ', '.join(f'{k} {stamp["versions"][k]}' for k in ('python', 'torch', 'dlfund'))
+    return f'Last executed with {with_what}, in {stamp["seconds"]} s and {stamp["peak_mib"]} MiB of memory'
 
 
 def facts(

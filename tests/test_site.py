@@ -7,6 +7,8 @@ from bs4 import BeautifulSoup
 from nbdev.doclinks import _nbpath2html
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output, new_raw_cell
 from playwright.sync_api import sync_playwright
+
+pytest.importorskip('smalldocs', reason='smalldocs needs Python 3.11')
 from smalldocs.config import load
 
 ROOT = Path(__file__).resolve().parent.parent
