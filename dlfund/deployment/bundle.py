@@ -255,7 +255,7 @@ def _read_facts(
                               f'got an altered one in {path} (hash mismatch): fetch it again')
     return facts
 
-# %% ../../nbs/09_deployment/01_bundles.ipynb #2eeafa3e
+# %% ../../nbs/09_deployment/01_bundles.ipynb #e1da03b0
 def _check_types(
     facts:dict, # `bundle.json`
 )->None:
@@ -264,7 +264,8 @@ def _check_types(
     for key, kind in rules.items():
         if not isinstance(facts[key], kind): raise TypeError(f'{key} must be a {kind.__name__}, got {facts[key]!r}')
     if not all(isinstance(label, str) for label in facts['labels']): raise TypeError('labels must be words')
-    if len(facts['labels']) != facts['architecture'].get('n_classes'): raise ValueError('labels must name every class')
+    n_labels, n_classes = len(facts['labels']), facts['architecture'].get('n_classes')
+    if n_labels != n_classes: raise ValueError(f'labels must name every class, got {n_labels} labels for {n_classes}')
     for key in ('name', 'sha256'):
         if not isinstance(facts['data'][key], str):
             raise TypeError(f"data.{key} must be text, got {facts['data'][key]!r}")
