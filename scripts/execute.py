@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 """Run notebooks top to bottom, keep their outputs, clean them, and stamp what they ran with and took: execute.py NOTEBOOK..."""
-import argparse, json, os, time
+import argparse, json, os, tempfile, time
 from pathlib import Path
 
 import nbformat
@@ -39,6 +39,7 @@ if __name__ == '__main__':
     parser.add_argument('notebook', type=Path, nargs='+')
     parser.add_argument('--timeout', type=int, default=1800, help='seconds a cell may take')
     args = parser.parse_args()
+    os.environ['DLFUND_PROGRESS'] = os.path.join(tempfile.mkdtemp(), 'progress.json') # the book's own answers are not the reader's
     os.environ['PYTHONWARNINGS'] = 'ignore::FutureWarning,ignore::DeprecationWarning' # other libraries' plans, with their paths
     for path in args.notebook:
         print(path, flush=True)

@@ -62,9 +62,10 @@ def one_line(
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch, tmp_path):
-    "No test sees the user's data or the network beyond this machine."
-    monkeypatch.delenv('DLFUND_DATA', raising=False)
-    for name, value in dict(DLFUND_CACHE=str(tmp_path/'cache'), DLFUND_OFFLINE='1', NO_PROXY='127.0.0.1').items():
+    "No test sees the user's data, progress or the network beyond this machine."
+    for name in ('DLFUND_DATA', 'IN_TEST'): monkeypatch.delenv(name, raising=False)
+    for name, value in dict(DLFUND_CACHE=str(tmp_path/'cache'), DLFUND_PROGRESS=str(tmp_path/'progress.json'),
+                            DLFUND_OFFLINE='1', NO_PROXY='127.0.0.1').items():
         monkeypatch.setenv(name, value)
 
 

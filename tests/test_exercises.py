@@ -10,12 +10,6 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = exercises.names()
 
 
-@pytest.fixture(autouse=True)
-def own_progress(tmp_path, monkeypatch):
-    monkeypatch.setenv('DLFUND_PROGRESS', str(tmp_path/'progress.json'))
-    monkeypatch.delenv('IN_TEST', raising=False)
-
-
 def empty(solution):
     "What a stub answers: nothing."
     return (lambda *args, **kwargs: None) if callable(solution) else None
@@ -42,7 +36,7 @@ def test_typical_mistakes_fail_with_a_message_that_fits(name, capsys):
 @pytest.mark.parametrize('name', NAMES)
 def test_a_function_has_cases_enough(name):
     ex = exercises.find(name)
-    if callable(ex.solution): assert len(outcomes := exercises.outcomes(ex, ex.solution)) >= 2 and outcomes
+    assert not callable(ex.solution) or len(exercises.outcomes(ex, ex.solution)) >= 2
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -66,7 +66,8 @@ def in_outputs(
         if out['output_type'] == 'error': found.append(f'a saved error: {out["ename"]}')
         if '\r' in printed(out): found.append('residue of a progress bar (\\r)')
         found += [f'a path of this machine: {p}' for p in MACHINE.findall(printed(out))]
-        if 'image/png' in out.get('data', {}) and not HIDDEN & opts.keys():
+        is_figure = 'image/png' in out.get('data', {}) or 'class="explore"' in printed(out)
+        if is_figure and not HIDDEN & opts.keys():
             if not opts.get('label', '').startswith('fig-'): found.append('a figure without `#| label: fig-...`')
             if not opts.get('fig-cap'): found.append('a figure without `#| fig-cap`')
             if len(opts.get('fig-alt', '')) < 20: found.append('a figure with `#| fig-alt` under 20 characters')
@@ -103,6 +104,7 @@ GOOD = '#| label: fig-a\n#| fig-cap: "A line."\n#| fig-alt: "A line that rises t
     (new_code_cell('#| export\nx = 1'), 'default_exp'), (new_code_cell('plot()', outputs=[PNG]), 'label'),
     (new_code_cell(GOOD.replace('fig-cap', 'cap'), outputs=[PNG]), 'fig-cap'),
     (new_code_cell(GOOD.replace(' that rises to the right', ''), outputs=[PNG]), 'fig-alt'),
+    (new_code_cell('f()', outputs=[new_output('display_data', data={'text/html': '<div class="explore">'})]), 'label'),
     (new_code_cell('x', outputs=[new_output('error', ename='NameError')]), 'a saved error: NameError'),
     (new_code_cell('x', outputs=[new_output('stream', text='10%\r20%')]), 'progress'),
     (new_code_cell('x', outputs=[new_output('stream', text='in /work/main/x.py')]), 'path of this machine: /work'),

@@ -14,7 +14,7 @@ CONFIG = CONFIG['DEFAULT']
 SOURCES = sorted(p for p in (ROOT/'dlfund').rglob('*.py') if p.name != '_modidx.py')
 PARTS = ('foundations', 'data', 'training', 'vision', 'sequences', 'transformers', 'generative', 'advanced',
          'deployment') # a part imports from those before it
-SHARED = {'plots', 'exercises'}
+SHARED = {'plots', 'exercises', 'book'}
 
 
 def copied(folder, *names):
@@ -180,7 +180,7 @@ def wheel(tmp_path_factory):
     "The wheel, built from a copy of the repository."
     tree, out = tmp_path_factory.mktemp('tree'), tmp_path_factory.mktemp('wheel')
     copied(tree, 'settings.ini', 'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'LICENSE-prose', 'README.md',
-           'dlfund', 'nbs', 'tests', 'scripts', 'configs')
+           'dlfund', 'nbs', 'tests', 'scripts', 'configs', 'benchmarks')
     command = [sys.executable, '-m', 'pip', 'wheel', '.', '-q', '--no-deps', '--no-build-isolation', '-w', str(out)]
     ran = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -191,10 +191,12 @@ def test_what_is_in_the_wheel(wheel):
     with zipfile.ZipFile(wheel) as z: names = set(z.namelist())
     meta = f'dlfund-{CONFIG["version"]}.dist-info'
     ours = {relative(p) for pattern in ('*.py', 'embedded/*') for p in (ROOT/'dlfund').rglob(pattern)}
-    assert {name for name in names if name.startswith('dlfund/')} == ours
+    chapters = {f'dlfund/chapters/{relative(p)}' for pattern in ('nbs/**/*.ipynb', 'nbs/references.bib', 'benchmarks/results/*')
+                for p in ROOT.glob(pattern) if '.ipynb_checkpoints' not in p.parts}
+    assert {name for name in names if name.startswith('dlfund/')} == ours | chapters
     assert {name.split('/')[0] for name in names} == {'dlfund', meta}
     assert {f'{meta}/licenses/LICENSE', f'{meta}/licenses/LICENSE-prose', 'dlfund/data/embedded/LICENSES.md'} <= names
-    assert wheel.stat().st_size < 8_000_000
+    assert wheel.stat().st_size < 16_000_000
 
 
 def test_what_the_wheel_says(wheel):

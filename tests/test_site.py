@@ -190,3 +190,36 @@ def test_the_chosen_theme_stays(server, browser):
     tab.reload()
     tab.wait_for_timeout(300)
     assert paper(tab) == PAPER['dark']
+
+
+def sliders(pages): return [name for name in pages if pages[name].select_one('.explore')]
+
+
+@pytest.mark.browser
+def test_every_slider_moves_its_curves_by_the_arrow_keys(server, browser, pages):
+    "What an interactive figure draws and says at each position is what Python had put into the page."
+    assert len(sliders(pages)) > 3
+    for name in sliders(pages):
+        tab, wrong = watched(browser)
+        tab.goto(server + name)
+        for box in tab.locator('.explore').all():
+            slider, data = box.locator('input[type=range]'), json.loads(box.locator('script').first.text_content())
+            first, n = int(slider.get_attribute('value')), len(data['texts'])
+            for k, key in [(first, None), (0, 'Home'), (1, 'ArrowRight'), (n - 1, 'End')]:
+                if key: slider.press(key)
+                drawn = [path.get_attribute('d') for path in box.locator('path[data-curve]').all()]
+                assert drawn == [paths[k] for paths in data['paths']], f'{name}, position {k}'
+                assert box.locator('output').inner_text() == slider.get_attribute('aria-valuetext') == data['texts'][k]
+            assert box.locator('svg').get_attribute('aria-label') and box.locator('label').inner_text().strip()
+        assert wrong == [], name
+        tab.close()
+
+
+@pytest.mark.browser
+def test_a_slider_needs_no_server(docs, browser):
+    tab, wrong = watched(browser)
+    tab.goto((docs/'00_shared'/'plots.html').as_uri())
+    slider, path = tab.locator('.explore input'), tab.locator('.explore path[data-curve]').first
+    before = path.get_attribute('d')
+    slider.press('End')
+    assert path.get_attribute('d') != before

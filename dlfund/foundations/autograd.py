@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['numeric_gradient', 'Tensor', 'no_grad', 'enable_grad', 'as_tensor', 'record', 'unbroadcast', 'operands',
-           'count_edges', 'seed_of', 'accumulate', 'draw_graph', 'dims_of', 'restore_dims', 'index_arrays', 'where',
-           'maximum', 'cat', 'stack', 'change', 'checkpoint']
+           'count_edges', 'seed_of', 'accumulate', 'draw_graph', 'dims_of', 'restore_dims', 'sizes_of', 'index_arrays',
+           'where', 'maximum', 'cat', 'stack', 'change', 'checkpoint']
 
 # %% ../../nbs/01_foundations/02_autograd.ipynb #23bc8af0
 import math
@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from ..exercises import exercise
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #26575d18
+# %% ../../nbs/01_foundations/02_autograd.ipynb #059fe23a
 def numeric_gradient(
     function:Callable, # of arrays, with one number as result
     *arrays:np.ndarray, # float64, of any shape
@@ -27,7 +27,7 @@ def numeric_gradient(
     "Estimate gradients by central differences, two evaluations for each number."
     grads = []
     for x in arrays:
-        if x.dtype != np.float64: raise ValueError(f'numeric_gradient needs float64, got {x.dtype}: in float32 the difference drowns in rounding')
+        if x.dtype != np.float64: raise ValueError(f'numeric_gradient needs float64, got {x.dtype}: rounding would win')
         grad = np.zeros_like(x)
         for i in np.ndindex(x.shape):
             kept, values = x[i], []
@@ -37,13 +37,13 @@ def numeric_gradient(
         grads.append(grad)
     return grads
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #ff92d534
+# %% ../../nbs/01_foundations/02_autograd.ipynb #a768bc9f
 class Tensor:
     "A NumPy array that remembers how it was computed, so that gradients can flow back through it."
     __slots__ = ('_array', 'grad', 'requires_grad', '_version', '_op', '_edges', '_keeps_grad', '_freed', '__weakref__')
     __array_ufunc__ = None # `array * tensor` then asks the tensor, instead of looping over the array's elements
     def __init__(self,
-        data:ArrayLike, # numbers; Python floats become float32, as in PyTorch; an array keeps its dtype and is not copied
+        data:ArrayLike, # numbers; Python floats become float32 as in PyTorch; an array keeps its dtype, uncopied
         requires_grad:bool=False, # whether `backward` shall fill `grad`; needs a floating-point dtype
     ):
         array = data._array if isinstance(data, Tensor) else np.asarray(data)
@@ -93,7 +93,7 @@ def is_leaf(self:Tensor)->bool: # `False` for the recorded result of an operatio
     "Whether the tensor was made by the user rather than by a recorded operation."
     return not self._op
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #d1bb4ada
+# %% ../../nbs/01_foundations/02_autograd.ipynb #db682ae6
 def _get_data(self): return self._array
 
 
@@ -104,9 +104,9 @@ def _set_data(self, array):
     self._version[0] += 1
 
 
-Tensor.data = property(_get_data, _set_data, doc='The NumPy array; assigning to it, as `t.data -= step` does, counts as a change.')
+Tensor.data = property(_get_data, _set_data, doc='The NumPy array; to assign, as `t.data -= step` does, is a change.')
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #6f5ec0bf
+# %% ../../nbs/01_foundations/02_autograd.ipynb #aeab53fa
 @patch
 def __repr__(self:Tensor)->str: # the numbers, and what the engine knows of them
     "Show the numbers, and where they came from."
@@ -121,11 +121,11 @@ def __len__(self:Tensor)->int: # size of the first dimension
     if not self.ndim: raise ValueError('len() needs at least one dimension, got a scalar')
     return len(self._array)
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #5e3cd3d9
 @patch
 def __bool__(self:Tensor)->bool: # of the only number
     "Let a tensor with one number decide an `if`."
-    if self._array.size != 1: raise ValueError(f'only a tensor with one number is true or false, got shape {self.shape}')
+    if self._array.size != 1: raise ValueError(f'a truth value needs a tensor with one number, got shape {self.shape}')
     return bool(self._array)
 
 
@@ -264,7 +264,7 @@ def __mul__(self:Tensor,
     a, b = operands('*', self, other)
     return record(a._array * b._array, 'mul', (a, lambda g: g * b._array, b), (b, lambda g: g * a._array, a))
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #c5282f96
+# %% ../../nbs/01_foundations/02_autograd.ipynb #c4be2005
 @patch
 def __truediv__(self:Tensor,
     other:'Tensor|ArrayLike', # broadcasts with the tensor
@@ -284,13 +284,17 @@ def __pow__(self:Tensor,
     r"$z = a^p$: the local derivatives are $p a^{p-1}$ and $a^p \ln a$."
     a, p = operands('**', self, exponent)
     if a.dtype.kind in 'iu' and p.dtype.kind in 'iu' and (p._array < 0).any():
-        raise ValueError(f'an integer has no negative integer power, got exponent={exponent}: use a float')
+        raise ValueError(f'an integer needs an exponent of 0 or more, got {exponent}: use a float')
     out = a._array ** p._array
-    def to_base(g): return g * np.where(p._array == 0, 0, p._array * a._array**np.where(p._array == 0, 1, p._array - 1))
-    def to_exponent(g): return g * np.where((out == 0) & (p._array >= 0), 0, out * np.log(np.where(a._array == 0, 1, a._array)))
+    def to_base(g):
+        n = p._array
+        return g * np.where(n == 0, 0, n * a._array**np.where(n == 0, 1, n - 1))
+    def to_exponent(g):
+        logs = np.log(np.where(a._array == 0, 1, a._array))
+        return g * np.where((out == 0) & (p._array >= 0), 0, out * logs)
     return record(out, 'pow', (a, to_base, a, p), (p, to_exponent, a, p), keeps_output=True)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #e332ab52
+# %% ../../nbs/01_foundations/02_autograd.ipynb #b9ed006c
 @patch
 def __neg__(self:Tensor)->Tensor: # with the other sign
     r"$z = -a$."
@@ -308,7 +312,7 @@ def __rmul__(self:Tensor, other)->Tensor:
     "A constant times a tensor."
     return self * other
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #08198358
 @patch
 def __rsub__(self:Tensor, other)->Tensor:
     "A constant minus a tensor."
@@ -340,7 +344,7 @@ for _method, _name in dict(__lt__='less', __le__='less_equal', __gt__='greater',
     setattr(Tensor, _method, _compare(_name))
 Tensor.__hash__ = object.__hash__ # defining `==` had removed it
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #ab2350b6
+# %% ../../nbs/01_foundations/02_autograd.ipynb #54bc6886
 def count_edges(
     root:Tensor, # where `backward` starts
 )->dict: # tensor: number of gradients that it will be sent
@@ -353,7 +357,7 @@ def count_edges(
                              'or call the first backward with retain_graph=True')
         for parent, _, kept in t._edges:
             if any(version[0] != then for version, then in kept):
-                raise ValueError(f'a value that the gradient of {t._op!r} needs was changed in place after it was used: '
+                raise ValueError(f'a value that the gradient of {t._op!r} needs was changed in place: '
                                  'make a new tensor instead, or change it after backward()')
             if parent not in waiting:
                 waiting[parent] = 0
@@ -412,34 +416,45 @@ def backward(self:Tensor,
             if not waiting[parent]: ready.append(parent)
         if not retain_graph and t._op: t._edges, t._freed = (), True
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #b370c28a
-def draw_graph(
+# %% ../../nbs/01_foundations/02_autograd.ipynb #b7dc044a
+def _columns(
     root:Tensor, # a result, whose history is still there
+)->list: # lists of tensors: first the leaves, last the root
+    "Sort the tensors behind `root` by the number of operations on the longest way to them."
+    depth, nodes = {}, list(count_edges(root))
+    def depth_of(t): return depth.setdefault(t, 1 + max((depth_of(p) for p, *_ in t._edges), default=-1))
+    return [[t for t in reversed(nodes) if depth_of(t) == d] for d in range(depth_of(root) + 1)]
+
+# %% ../../nbs/01_foundations/02_autograd.ipynb #d1a850b0
+def draw_graph(
+    root:Tensor, # a result, whose history is still there; one of a few dozen operations at most
     names:dict|None=None, # tensor: what to call it
     backward:bool=False, # run `backward` from `root` and show each adjoint
 ):
     "Draw the operations that made `root`, each with its value, from left to right."
     import matplotlib.pyplot as plt
-    depth, nodes = {}, list(count_edges(root))
-    def depth_of(t): return depth.setdefault(t, 1 + max((depth_of(p) for p, *_ in t._edges), default=-1))
-    edges = [(parent, t) for t in nodes for parent, *_ in t._edges]
-    columns = [[t for t in nodes if depth_of(t) == d] for d in range(depth_of(root) + 1)]
+    columns = _columns(root)
+    place = {t: (i, (j + 0.5) / len(ts)) for i, ts in enumerate(columns) for j, t in enumerate(ts)}
+    edges = [(parent, t) for t in place for parent, *_ in t._edges]
     if backward:
-        for t in nodes: t.retain_grad()
+        for t in place: t.retain_grad()
         root.backward()
-    place = {t: (i, (j + 0.5) / len(column)) for i, column in enumerate(columns) for j, t in enumerate(reversed(column))}
-    fig, ax = plt.subplots(figsize=(1.5 + 1.4*len(columns), 0.9 + 0.8*max(map(len, columns))))
+    fig, ax = plt.subplots(figsize=(1.2 + 1.4*len(columns), 1 + 0.9*max(map(len, columns))))
     for parent, t in edges:
-        bend = 'arc3,rad=0.25' if edges.count((parent, t)) > 1 or depth[t] - depth[parent] > 1 else 'arc3'
-        ax.annotate('', place[t], place[parent], arrowprops=dict(arrowstyle='->', color='#808080', shrinkA=24, shrinkB=24, connectionstyle=bend))
+        (i, up), (j, down) = place[parent], place[t]
+        curve = (-0.4 if up >= down else 0.4) * (j - i > 1 or edges.count((parent, t)) > 1)
+        arrow = dict(arrowstyle='->', color='#808080', shrinkA=24, shrinkB=24, connectionstyle=f'arc3,rad={curve}')
+        ax.annotate('', place[t], place[parent], arrowprops=arrow)
     for t, (i, j) in place.items():
-        text = f"{(names or {}).get(t, t._op or 'leaf')}\n{t._array:.3g}" if t._array.size == 1 else f"{(names or {}).get(t, t._op or 'leaf')}\n{t.shape}"
-        if backward: text += f'\n{t.grad:.3g}' if t._array.size == 1 else ''
-        ax.text(i, j, text, ha='center', va='center', fontsize=9, bbox=dict(boxstyle='round', fc='none', ec='#808080'))
-    ax.set(xlim=(-0.6, len(columns) - 0.4), ylim=(0, 1)); ax.axis('off')
+        shown = [(names or {}).get(t, t._op or 'constant'), f'{t.item():.3g}' if t._array.size == 1 else str(t.shape)]
+        if backward and t._array.size == 1: shown.append(f'adjoint {t.grad.item():.3g}')
+        box = dict(boxstyle='round', fc='none', ec='#808080')
+        ax.text(i, j, '\n'.join(shown), ha='center', va='center', fontsize=9, bbox=box)
+    ax.set(xlim=(-0.6, len(columns) - 0.4), ylim=(0, 1))
+    ax.axis('off')
     return fig
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #377cad5e
+# %% ../../nbs/01_foundations/02_autograd.ipynb #bb6eddb8
 @patch
 def exp(self:Tensor)->Tensor: # elementwise
     r"$z = e^a$ is its own derivative."
@@ -452,7 +467,7 @@ def log(self:Tensor)->Tensor: # elementwise; `-inf` at 0, `nan` below
     r"$z = \ln a$: the local derivative is $1/a$."
     return record(np.log(self._array), 'log', (self, lambda g: g / self._array, self))
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #cb89cfa3
 @patch
 def sqrt(self:Tensor)->Tensor: # elementwise
     r"$z = \sqrt a$: the local derivative is $1/(2z)$."
@@ -472,7 +487,7 @@ def abs(self:Tensor)->Tensor: # elementwise
     r"$z = |a|$: the local derivative is the sign, 0 at 0."
     return record(np.abs(self._array), 'abs', (self, lambda g: g * np.sign(self._array), self))
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #be9ad72d
+# %% ../../nbs/01_foundations/02_autograd.ipynb #8876c931
 Tensor.__abs__ = Tensor.abs
 
 
@@ -481,7 +496,7 @@ def sin(self:Tensor)->Tensor: # elementwise; radians
     r"$z = \sin a$."
     return record(np.sin(self._array), 'sin', (self, lambda g: g * np.cos(self._array), self))
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #bc990309
 @patch
 def cos(self:Tensor)->Tensor: # elementwise; radians
     r"$z = \cos a$."
@@ -505,7 +520,7 @@ def clamp(self:Tensor,
     inside = (self._array >= (-np.inf if min is None else min)) & (self._array <= (np.inf if max is None else max))
     return record(np.clip(self._array, min, max), 'clamp', (self, lambda g: g * inside))
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #43f6e569
+# %% ../../nbs/01_foundations/02_autograd.ipynb #845c7e60
 @patch
 def matmul(self:Tensor,
     other:'Tensor|ArrayLike', # a vector `(n,)`, a matrix `(n, k)` or a stack of matrices `(..., n, k)`
@@ -513,8 +528,7 @@ def matmul(self:Tensor,
     r"$Z = AB$: the gradients are $\bar Z B^\top$ and $A^\top \bar Z$."
     a, b = self, as_tensor(other, self)
     if not a.ndim or not b.ndim or a.shape[-1] != b.shape[-2 if b.ndim > 1 else 0]:
-        raise ValueError(f'matmul needs the last size of the left operand to be the second last of the right one, '
-                         f'got {a.shape} and {b.shape}')
+        raise ValueError(f'matmul needs equal inner sizes (..., n, k) and (..., k, m), got {a.shape} and {b.shape}')
     try: out = a._array @ b._array
     except ValueError: raise ValueError(f'matmul needs stacks that broadcast, got {a.shape} and {b.shape}') from None
     def rows(x): return x[None, :] if x.ndim == 1 else x # (1, n)
@@ -530,7 +544,7 @@ def matmul(self:Tensor,
         return unbroadcast(d[..., 0], b.shape) if b.ndim == 1 else d
     return record(out, 'matmul', (a, to_a, b), (b, to_b, a))
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #ed2cb8b4
 @patch
 def __matmul__(self:Tensor, other)->Tensor:
     "`a @ b`."
@@ -566,7 +580,7 @@ def restore_dims(
     "Undo the loss of dimensions in a reduction."
     return gradient if keepdims or not dims else np.expand_dims(gradient, dims)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #c084941a
+# %% ../../nbs/01_foundations/02_autograd.ipynb #71cdd68e
 @patch
 def sum(self:Tensor,
     dim:int|tuple|None=None, # which dimensions; `None` means all
@@ -592,7 +606,7 @@ def mean(self:Tensor,
     return record(self._array.mean(axis=dims, keepdims=keepdims), 'mean',
                   (self, lambda g: np.broadcast_to(restore_dims(g, dims, keepdims) / self.dtype.type(n), shape)))
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #61f0dd11
 @patch
 def var(self:Tensor,
     dim:int|tuple|None=None, # which dimensions; `None` means all
@@ -605,7 +619,7 @@ def var(self:Tensor,
     n = math.prod(self.shape[d] for d in dims)
     return ((self - self.mean(dims, keepdims=True))**2).sum(dims, keepdims) / (n - correction)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #3c2ae939
+# %% ../../nbs/01_foundations/02_autograd.ipynb #b68dcce6
 def _extreme(
     t:Tensor, # to be reduced
     op:str, # 'max' or 'min'
@@ -618,9 +632,10 @@ def _extreme(
     def vjp(g):
         hit = t._array == out
         return restore_dims(g, dims, keepdims) * hit / hit.sum(axis=dims, keepdims=True, dtype=t.dtype)
-    return record(out if keepdims else out.reshape([n for i, n in enumerate(t.shape) if i not in dims]), op, (t, vjp, t))
+    kept = out if keepdims else out.reshape([n for i, n in enumerate(t.shape) if i not in dims])
+    return record(kept, op, (t, vjp, t))
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #a8a356b8
 @patch
 def max(self:Tensor,
     dim:int|tuple|None=None, # which dimensions; `None` means all
@@ -652,24 +667,32 @@ def argmax(self:Tensor,
     "Where the largest number is."
     return Tensor(np.asarray(self._array.argmax(axis=dim, keepdims=keepdims)))
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #dc29d992
+# %% ../../nbs/01_foundations/02_autograd.ipynb #7160e560
+def sizes_of(
+    arguments:tuple, # integers, or one tuple or list of them
+)->tuple: # of integers
+    "Let sizes be given one by one or together."
+    return tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], (tuple, list)) else arguments
+
+
 @patch
 def reshape(self:Tensor,
     *shape:int, # new sizes, or one tuple of them; one may be -1
 )->Tensor: # the same numbers
     "Give the numbers another shape; the gradient gets the old one back."
-    new, old = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape, self.shape
+    new, old = sizes_of(shape), self.shape
     try: out = self._array.reshape(new)
-    except ValueError: raise ValueError(f'reshape must keep the {self._array.size} numbers of {old}, got {tuple(new)}') from None
+    except ValueError:
+        raise ValueError(f'reshape must keep the {self._array.size} numbers of {old}, got {tuple(new)}') from None
     return record(out, 'reshape', (self, lambda g: g.reshape(old)), shares=self)
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #4804ba13
 @patch
 def permute(self:Tensor,
     *dims:int, # the old numbers of the dimensions, in their new order
 )->Tensor: # with its dimensions in that order
     "Reorder the dimensions; the gradient goes through the inverse order."
-    order = tuple(dims[0]) if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    order = sizes_of(dims)
     if sorted(d % max(self.ndim, 1) for d in order) != list(range(self.ndim)):
         raise ValueError(f'permute needs each of the {self.ndim} dimensions once, got {order}')
     inverse = np.argsort([d % self.ndim for d in order])
@@ -685,7 +708,7 @@ def transpose(self:Tensor,
     dim0, dim1 = dims_of(self, (dim0, dim1))
     return record(self._array.swapaxes(dim0, dim1), 'transpose', (self, lambda g: g.swapaxes(dim0, dim1)), shares=self)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #8bb2985a
+# %% ../../nbs/01_foundations/02_autograd.ipynb #75e151e4
 Tensor.T = property(lambda self: self.permute(*reversed(range(self.ndim))), doc='All dimensions in reverse order.')
 
 
@@ -708,14 +731,14 @@ def unsqueeze(self:Tensor,
     at = dim % (self.ndim + 1)
     return self.reshape(*self.shape[:at], 1, *self.shape[at:])
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #d35b48f0
 @patch
 def squeeze(self:Tensor,
     dim:int, # a dimension of size 1
 )->Tensor: # without it
     "Drop a dimension of size 1."
     [at] = dims_of(self, dim)
-    if self.shape[at] != 1: raise ValueError(f'squeeze needs a dimension of size 1, got size {self.shape[at]} at dim={dim}')
+    if self.shape[at] != 1: raise ValueError(f'squeeze needs a size of 1, got size {self.shape[at]} at dim={dim}')
     return self.reshape(*self.shape[:at], *self.shape[at + 1:])
 
 
@@ -724,11 +747,11 @@ def expand(self:Tensor,
     *shape:int, # new sizes; a dimension of size 1 may grow
 )->Tensor: # a broadcast view
     "Repeat dimensions of size 1; their gradients are added up."
-    try: out = np.broadcast_to(self._array, shape)
+    try: out = np.broadcast_to(self._array, sizes_of(shape))
     except ValueError: raise ValueError(f'expand can only repeat sizes of 1, got {self.shape} to {shape}') from None
     return record(out, 'expand', (self, lambda g: g), shares=self)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #803e83ae
+# %% ../../nbs/01_foundations/02_autograd.ipynb #4e6c9572
 def index_arrays(
     key, # what stands between the brackets
 )->object: # the same, with arrays in place of tensors
@@ -745,7 +768,8 @@ def __getitem__(self:Tensor,
     key = index_arrays(key)
     try: out = self._array[key]
     except IndexError as e: raise ValueError(f'the index must fit the shape {self.shape}, got {key}: {e}') from None
-    basic = all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in (key if isinstance(key, tuple) else (key,)))
+    parts = key if isinstance(key, tuple) else (key,)
+    basic = all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in parts)
     def vjp(g):
         back = np.zeros(self.shape, g.dtype)
         if basic: back[key] = g
@@ -753,7 +777,7 @@ def __getitem__(self:Tensor,
         return back
     return record(out, 'index', (self, vjp), shares=self if basic else None)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #cb2e65fe
+# %% ../../nbs/01_foundations/02_autograd.ipynb #66f29077
 def where(
     condition:'Tensor|ArrayLike', # of booleans; broadcasts with the others
     a:'Tensor|ArrayLike', # taken where `condition` holds
@@ -768,7 +792,7 @@ def where(
     return record(np.where(mask, a._array, b._array), 'where', (a, lambda g: np.where(mask, g, 0)),
                   (b, lambda g: np.where(mask, 0, g)))
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #a99a6f29
 def maximum(
     a:Tensor, # one
     b:'Tensor|ArrayLike', # the other; broadcasts
@@ -780,7 +804,7 @@ def maximum(
                   (a, lambda g: g * share(a._array, b._array).astype(g.dtype), a, b),
                   (b, lambda g: g * share(b._array, a._array).astype(g.dtype), a, b))
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #20143601
+# %% ../../nbs/01_foundations/02_autograd.ipynb #070ffdbf
 def cat(
     tensors:list, # with equal sizes in all dimensions but `dim`
     dim:int=0, # along which to join
@@ -789,13 +813,14 @@ def cat(
     tensors = [t if isinstance(t, Tensor) else Tensor(t) for t in tensors]
     if not tensors: raise ValueError('cat needs at least one tensor, got none')
     try: out = np.concatenate([t._array for t in tensors], axis=dim)
-    except ValueError as e: raise ValueError(f'cat needs equal sizes in all dimensions but {dim}, '
-                                             f'got {", ".join(str(t.shape) for t in tensors)}') from e
+    except ValueError:
+        shapes = ', '.join(str(t.shape) for t in tensors)
+        raise ValueError(f'cat needs equal sizes in all dimensions but {dim}, got {shapes}') from None
     ends = np.cumsum([t.shape[dim] for t in tensors])
     def part(end, t): return lambda g: np.take(g, range(end - t.shape[dim], end), axis=dim)
     return record(out, 'cat', *((t, part(end, t)) for end, t in zip(ends, tensors)))
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #c5ba4a27
 def stack(
     tensors:list, # of equal shapes
     dim:int=0, # where the new dimension shall be
@@ -803,7 +828,7 @@ def stack(
     "Join tensors along a new dimension: `torch.stack`."
     return cat([t.unsqueeze(dim) for t in tensors], dim)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #f398d468
+# %% ../../nbs/01_foundations/02_autograd.ipynb #a1f0cdab
 def change(
     t:Tensor, # to be changed
     key, # which numbers; `...` for all
@@ -814,7 +839,8 @@ def change(
         raise ValueError('a tensor that requires a gradient cannot be changed in place while operations are recorded: '
                          'use no_grad(), or make a new tensor')
     try: t._array[key] = np.asarray(value)
-    except (ValueError, IndexError) as e: raise ValueError(f'the new values must fit into shape {t.shape}: {e}') from None
+    except (ValueError, IndexError):
+        raise ValueError(f'the new values must fit into {t.shape} at {key}, got shape {np.shape(value)}') from None
     t._version[0] += 1
     return t
 
@@ -824,7 +850,7 @@ def __setitem__(self:Tensor, key, value)->None:
     "Overwrite some of the numbers in place."
     change(self, index_arrays(key), value)
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #d5cd742a
 @patch
 def copy_(self:Tensor,
     other:'Tensor|ArrayLike', # new values
@@ -848,7 +874,7 @@ def sub_(self:Tensor,
     "Subtract in place."
     return change(self, ..., self._array - np.asarray(other))
 
-
+# %% ../../nbs/01_foundations/02_autograd.ipynb #a8c8960d
 @patch
 def mul_(self:Tensor,
     other:'Tensor|ArrayLike', # what to multiply with
@@ -862,71 +888,12 @@ def zero_(self:Tensor)->Tensor: # the tensor itself
     "Set all numbers to zero in place."
     return change(self, ..., 0)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #42b14fe7
-def change(
-    t:Tensor, # to be changed
-    key, # which numbers; `...` for all
-    value:'Tensor|ArrayLike', # their new values
-)->Tensor: # `t`
-    "Overwrite numbers in place, and leave a mark that `backward` sees."
-    if t.requires_grad and _recording[0]:
-        raise ValueError('a tensor that requires a gradient cannot be changed in place while operations are recorded: '
-                         'use no_grad(), or make a new tensor')
-    try: t._array[key] = np.asarray(value)
-    except (ValueError, IndexError) as e: raise ValueError(f'the new values must fit into shape {t.shape}: {e}') from None
-    t._version[0] += 1
-    return t
-
-
-@patch
-def __setitem__(self:Tensor, key, value)->None:
-    "Overwrite some of the numbers in place."
-    change(self, index_arrays(key), value)
-
-
-@patch
-def copy_(self:Tensor,
-    other:'Tensor|ArrayLike', # new values
-)->Tensor: # the tensor itself
-    "Overwrite all numbers in place."
-    return change(self, ..., other)
-
-
-@patch
-def add_(self:Tensor,
-    other:'Tensor|ArrayLike', # what to add
-)->Tensor: # the tensor itself
-    "Add in place."
-    return change(self, ..., self._array + np.asarray(other))
-
-
-@patch
-def sub_(self:Tensor,
-    other:'Tensor|ArrayLike', # what to subtract
-)->Tensor: # the tensor itself
-    "Subtract in place."
-    return change(self, ..., self._array - np.asarray(other))
-
-
-@patch
-def mul_(self:Tensor,
-    other:'Tensor|ArrayLike', # what to multiply with
-)->Tensor: # the tensor itself
-    "Multiply in place."
-    return change(self, ..., self._array * np.asarray(other))
-
-
-@patch
-def zero_(self:Tensor)->Tensor: # the tensor itself
-    "Set all numbers to zero in place."
-    return change(self, ..., 0)
-
-# %% ../../nbs/01_foundations/02_autograd.ipynb #05d0cdee
+# %% ../../nbs/01_foundations/02_autograd.ipynb #b6b08659
 def checkpoint(
     function:Callable, # of tensors, with one tensor as result; computed twice, so it must not draw random numbers
     *inputs:Tensor, # its arguments
 )->Tensor: # what `function` returns
-    "Forget what happens inside `function`, and compute it again when gradients come back: Chen et al. 2016, <https://arxiv.org/abs/1604.06174>."
+    "Compute again what happens inside when gradients come back: Chen et al. 2016, <https://arxiv.org/abs/1604.06174>."
     with no_grad(): out = function(*inputs)
     if _recording[0] and not any(t.requires_grad for t in inputs):
         raise ValueError('checkpoint needs an input that requires a gradient, got none')
@@ -934,7 +901,7 @@ def checkpoint(
     def again(g):
         copies = [Tensor(t._array, t.requires_grad) for t in inputs]
         with enable_grad(): function(*copies).backward(g)
-        return [np.zeros(t.shape, t.dtype) if c.grad is None else c.grad for t, c in zip(inputs, copies) if c.requires_grad]
+        return [np.zeros(c.shape, c.dtype) if c.grad is None else c.grad for c in copies if c.requires_grad]
     def next_gradient(g):
         if not found: found.extend(again(g))
         return found.pop(0)
@@ -962,15 +929,15 @@ def _sum_to(gradient, shape):
     gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))
     return gradient.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #df90f41b
+# %% ../../nbs/01_foundations/02_autograd.ipynb #6bd48746
 exercise('foundations.autograd.sum_to', _sum_to, cases=lambda rng: [
     (rng.normal(size=(3, 5)), (3, 5)), (rng.normal(size=(3, 5)), (5,)), (rng.normal(size=(3, 5)), (3, 1)),
     (rng.normal(size=(2, 3, 5)), (1, 5)), (rng.normal(size=(2, 3)), ())],
     mistakes={
-        'the repeated places are averaged; their adjoints must be added': lambda g, shape: g.mean(
-            axis=tuple(range(g.ndim - len(shape)))).mean(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True),
-        'dimensions of size 1 are summed but lost: keep them': lambda g, shape: (lambda h: h.sum(
-            axis=tuple(i for i, n in enumerate(shape) if n == 1)))(g.sum(axis=tuple(range(g.ndim - len(shape))))),
+        'the repeated places are averaged; their adjoints must be added':
+            lambda g, shape: _sum_to(g, shape) * np.prod(shape) / g.size,
+        'dimensions of size 1 are summed but lost: keep them':
+            lambda g, shape: _sum_to(g, shape).reshape([n for n in shape if n > 1]),
         'only the dimensions in front are summed': lambda g, shape: g.sum(axis=tuple(range(g.ndim - len(shape))))},
     hint='Two kinds of repetition: new dimensions in front, and dimensions of size 1 that grew.')
 
@@ -1004,14 +971,16 @@ def _matmul_vjp(g, a, b):
     "Gradients of a @ b with respect to a and b."
     return unbroadcast(g @ b.swapaxes(-1, -2), a.shape), unbroadcast(a.swapaxes(-1, -2) @ g, b.shape)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #c4fe5509
+# %% ../../nbs/01_foundations/02_autograd.ipynb #2c508f60
 exercise('foundations.autograd.matmul_vjp', _matmul_vjp, cases=lambda rng: [
     (rng.normal(size=(3, 7)), rng.normal(size=(3, 5)), rng.normal(size=(5, 7))),
     (rng.normal(size=(2, 3, 7)), rng.normal(size=(2, 3, 5)), rng.normal(size=(5, 7))),
     (rng.normal(size=(2, 3, 5, 5)), rng.normal(size=(3, 5, 5)), rng.normal(size=(2, 1, 5, 5)))],
     mistakes={
-        'where a stack was repeated its gradients must be added': lambda g, a, b: (g @ b.swapaxes(-1, -2), a.swapaxes(-1, -2) @ g),
-        'all dimensions are reversed; only the last two belong to the matrix': lambda g, a, b: (unbroadcast(g @ b.T, a.shape), unbroadcast(a.T @ g, b.shape))},
+        'where a stack was repeated its gradients must be added':
+            lambda g, a, b: (g @ b.swapaxes(-1, -2), a.swapaxes(-1, -2) @ g),
+        'all dimensions are reversed; only the last two belong to the matrix':
+            lambda g, a, b: (unbroadcast(g @ b.T, a.shape), unbroadcast(a.T @ g, b.shape))},
     hint='Write it for two matrices first; then ask what broadcasting repeated.')
 
 # %% ../../nbs/01_foundations/02_autograd.ipynb #3559447b

@@ -26,7 +26,7 @@ def reduce_loss(
     if reduction == 'none': return losses
     raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got reduction={reduction!r}")
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #a3a2fbf7
+# %% ../../nbs/01_foundations/04_losses.ipynb #bc10d3f5
 def _floats(
     name:str, # what to call it in an error
     x:'Tensor|ArrayLike', # numbers
@@ -34,15 +34,16 @@ def _floats(
 )->Tensor: # the same
     "Check that a loss is given finite floating-point numbers, and at least one."
     x = x if isinstance(x, Tensor) else Tensor(x)
-    if x.dtype.kind != 'f': raise ValueError(f'{name} must be floating-point, got dtype={x.dtype}: use astype(np.float32)')
+    if x.dtype.kind != 'f':
+        raise ValueError(f'{name} must be floating-point, got dtype={x.dtype}: use astype(np.float32)')
     if not x.data.size: raise ValueError(f'{name} must hold at least one number, got shape {x.shape}')
-    bad = ~np.isfinite(x.data) & ~((x.data == -np.inf) & lowest)
-    if bad.any():
-        at = tuple(int(i) for i in np.argwhere(bad)[0])
-        raise ValueError(f'{name} must be {"below infinity" if lowest else "finite"}, got {x.data[at]} at index {at}')
+    fine = x.data < np.inf if lowest else np.isfinite(x.data) # NaN is below nothing
+    if not fine.all():
+        at = tuple(int(i) for i in np.argwhere(~fine)[0])
+        raise ValueError(f'{name} must be {"finite or -inf" if lowest else "finite"}, got {x.data[at]} at index {at}')
     return x
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #08ec3830
+# %% ../../nbs/01_foundations/04_losses.ipynb #4545a4a9
 def _pair(
     input:'Tensor|ArrayLike', # predictions
     target:'Tensor|ArrayLike', # what was observed
@@ -51,15 +52,23 @@ def _pair(
 )->tuple: # both as tensors of one dtype
     "Check that predictions and targets belong together."
     input = _floats('input', input, lowest)
-    if not isinstance(target, Tensor) or not target.requires_grad: target = Tensor(np.asarray(target).astype(input.dtype))
+    if not isinstance(target, Tensor) or not target.requires_grad:
+        target = Tensor(np.asarray(target).astype(input.dtype, copy=False))
     elif constant: raise ValueError('target must not require a gradient, got requires_grad=True: use target.detach()')
     if input.shape != target.shape:
-        raise ValueError(f'input and target must have the same shape, got input {input.shape} and target {target.shape}')
+        raise ValueError('input and target must have the same shape, '
+                         f'got input {input.shape} and target {target.shape}')
     return input, _floats('target', target)
 
 
-def _limit(name, value, least, most=math.inf, open=False):
-    "Check that an option lies from `least` to `most`; with `open`, not on `least`."
+def _limit(
+    name:str, # of an option
+    value:float, # what was given
+    least:float, # lower limit
+    most:float=math.inf, # upper limit
+    open:bool=False, # whether `least` itself is not allowed
+)->None:
+    "Check that an option lies between its limits."
     if not (least <= value <= most) or (open and value == least):
         rule = f'{"above" if open else "at least"} {least}' + (f' and at most {most}' if most < math.inf else '')
         raise ValueError(f'{name} must be {rule}, got {name}={value}')
@@ -84,12 +93,12 @@ def l1_loss(
     input, target = _pair(input, target)
     return reduce_loss((input - target).abs(), reduction)
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #ac58bda0
+# %% ../../nbs/01_foundations/04_losses.ipynb #aface3ab
 def huber_loss(
     input:Tensor, # predictions, any shape
     target:'Tensor|ArrayLike', # observed values, the same shape
-    reduction:str='mean', # `'mean'`, `'sum'` or `'none'`
     delta:float=1.0, # residual at which the square becomes a line; above 0, in the unit of `target`
+    reduction:str='mean', # `'mean'`, `'sum'` or `'none'`
 )->Tensor: # scalar, or one loss for each number
     "Square near zero, line beyond `delta`: Huber 1964, <https://doi.org/10.1214/aoms/1177703732>."
     _limit('delta', delta, 0, open=True)
@@ -98,7 +107,7 @@ def huber_loss(
     c = r.clamp(max=delta)
     return reduce_loss(c * (r - c/2), reduction)
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #b4eb4b60
+# %% ../../nbs/01_foundations/04_losses.ipynb #f8083c4b
 def _sigmoid(
     z:np.ndarray, # logits
 )->np.ndarray: # 0 to 1
@@ -116,22 +125,26 @@ def binary_cross_entropy_with_logits(
     "Negative log-likelihood of a coin: `torch.nn.functional.binary_cross_entropy_with_logits`."
     input, target = _pair(input, target, constant=True)
     z, y, weight = input.data, target.data, np.asarray(1 if pos_weight is None else pos_weight, input.dtype)
-    if y.min() < 0 or y.max() > 1: raise ValueError(f'target must be from 0 to 1, got values from {y.min()} to {y.max()}')
-    if not (np.isfinite(weight) & (weight > 0)).all(): raise ValueError(f'pos_weight must be above 0, got pos_weight={pos_weight}')
+    if y.min() < 0 or y.max() > 1:
+        raise ValueError(f'target must be from 0 to 1, got values from {y.min()} to {y.max()}')
+    if not (np.isfinite(weight) & (weight > 0)).all():
+        raise ValueError(f'pos_weight must be finite and above 0, got pos_weight={pos_weight}')
     if weight.ndim > z.ndim or any(n not in (1, m) for n, m in zip(weight.shape[::-1], z.shape[::-1])):
         raise ValueError(f'pos_weight must broadcast to input, got pos_weight {weight.shape} and input {z.shape}')
     losses = weight*y*np.logaddexp(0, -z) + (1 - y)*np.logaddexp(0, z)
     slope = (1 - y)*_sigmoid(z) - weight*y*_sigmoid(-z)
     return reduce_loss(record(losses, 'bce', (input, lambda g: g * slope)), reduction)
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #e5cd542d
+# %% ../../nbs/01_foundations/04_losses.ipynb #0e025a3e
 def _n_classes(
     shape:tuple, # of logits
 )->int: # number of classes
     "Check that logits are rows of at least two."
-    if len(shape) != 2: raise ValueError(f'logits must be (batch, n_classes), got shape {shape}: flatten other dimensions into the batch')
-    if shape[1] < 2: raise ValueError(f'there must be at least 2 classes, got n_classes={shape[1]}: softmax of one logit is '
-                                      'always 1; use binary_cross_entropy_with_logits')
+    if len(shape) != 2:
+        raise ValueError(f'logits must be (batch, n_classes), got shape {shape}: flatten others into the batch')
+    if shape[1] < 2:
+        raise ValueError(f'there must be at least 2 classes, got n_classes={shape[1]}: softmax of one is always 1, '
+                         'use binary_cross_entropy_with_logits')
     return shape[1]
 
 
@@ -141,13 +154,15 @@ def _classes(
 )->np.ndarray: # int64
     "Check class targets against the shape of the logits."
     y, n_classes = np.asarray(target), _n_classes(shape)
-    if y.shape != shape[:1]: raise ValueError(f'target must be class numbers (batch,), got target {y.shape} for logits {shape}')
+    if y.shape != shape[:1]:
+        raise ValueError(f'target must be class numbers (batch,), got target {y.shape} for logits {shape}')
     if y.dtype.kind not in 'iu': raise ValueError(f'class targets must be integers, got dtype={y.dtype}')
     bad = np.flatnonzero((y < 0) | (y >= n_classes))
-    if len(bad): raise ValueError(f'target must be 0 <= target < n_classes={n_classes}, got {y[bad[0]]} at index {bad[0]}')
+    if len(bad):
+        raise ValueError(f'target must be 0 <= target < n_classes={n_classes}, got {y[bad[0]]} at index {bad[0]}')
     return y.astype(np.int64)
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #cdb7bc0b
+# %% ../../nbs/01_foundations/04_losses.ipynb #9b4ecd72
 def _target_probs(
     target:'Tensor|ArrayLike', # class numbers `(batch,)`, or probabilities `(batch, n_classes)`
     shape:tuple, # of the logits
@@ -164,11 +179,11 @@ def _target_probs(
     if q.dtype.kind != 'f': raise ValueError(f'probability targets must be floating-point, got dtype={q.dtype}: '
                                              'for classes, pass their numbers, target.argmax(1)')
     if not ((q >= 0).all() and np.abs(q.sum(1) - 1).max() < 1e-4):
-        raise ValueError(f'rows of target must be probabilities, got values from {q.min()} and sums from {q.sum(1).min()} '
-                         f'to {q.sum(1).max()}')
+        raise ValueError('rows of target must be probabilities, got values from '
+                         f'{q.min()} and sums from {q.sum(1).min()} to {q.sum(1).max()}')
     return q.astype(dtype)
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #2658ee9c
+# %% ../../nbs/01_foundations/04_losses.ipynb #7e2cb940
 def _refuse_probabilities(
     z:np.ndarray, # logits `(batch, n_classes)`
 )->None:
@@ -178,14 +193,16 @@ def _refuse_probabilities(
                          f'such as {z[0, :3]}...: leave out the softmax before it')
 
 
-def _log_softmax(
-    z:np.ndarray, # logits `(batch, n_classes)`
-)->np.ndarray: # log-probabilities
-    "Logarithm of softmax, with the largest logit taken out first so that no exponential overflows."
+def _softmax(
+    z:np.ndarray, # logits `(..., n_classes)`
+)->tuple: # probabilities and their logarithms
+    "Softmax, with the largest logit taken out first so that no exponential overflows."
     z = z - z.max(-1, keepdims=True)
-    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+    e = np.exp(z)
+    total = e.sum(-1, keepdims=True)
+    return e / total, z - np.log(total)
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #8af127f9
+# %% ../../nbs/01_foundations/04_losses.ipynb #ea37e8a1
 def _expect(
     q:np.ndarray, # weights, at least 0
     values:np.ndarray, # may be infinite where `q` is 0
@@ -201,17 +218,19 @@ def cross_entropy(
     reduction:str='mean', # `'mean'`, `'sum'` or `'none'`
 )->Tensor: # scalar, or one loss for each row
     "Negative log-likelihood of classes, from logits: `torch.nn.functional.cross_entropy`."
-    if not 0 <= label_smoothing < 1: raise ValueError(f'label_smoothing must be from 0 to below 1, got {label_smoothing=}')
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f'label_smoothing must be from 0 to below 1, got {label_smoothing=}')
     logits = _floats('logits', logits, lowest=True)
     q = _target_probs(target, logits.shape, logits.dtype)
-    if not np.isfinite(logits.data.max(1)).all(): raise ValueError('each row of logits must have a finite one, got a row of -inf')
+    if logits.data.max(1).min() == -np.inf:
+        raise ValueError('each row of logits must have one above -inf, got a row of -inf')
     _refuse_probabilities(logits.data)
-    q = (1 - label_smoothing)*q + label_smoothing/q.shape[1]
-    log_p = _log_softmax(logits.data)
-    p, losses = np.exp(log_p), -_expect(q, log_p).sum(1)
+    if label_smoothing: q = (1 - label_smoothing)*q + label_smoothing/q.shape[1]
+    p, log_p = _softmax(logits.data)
+    losses = -_expect(q, log_p).sum(1)
     return reduce_loss(record(losses, 'cross_entropy', (logits, lambda g: g[:, None] * (p - q))), reduction)
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #1b6afe01
+# %% ../../nbs/01_foundations/04_losses.ipynb #16673102
 def nll_loss(
     log_probs:Tensor, # logarithms of probabilities `(batch, n_classes)`, such as from `log_softmax`
     target:'Tensor|ArrayLike', # class numbers `(batch,)`
@@ -221,10 +240,11 @@ def nll_loss(
     log_probs = _floats('log_probs', log_probs, lowest=True)
     y = _classes(target, log_probs.shape)
     if log_probs.data.max() > 1e-4:
-        raise ValueError(f'log_probs must be at most 0, got {log_probs.data.max()}: apply log_softmax, or use cross_entropy')
+        raise ValueError(f'log_probs must be at most 0, got {log_probs.data.max()}: '
+                         'apply log_softmax, or use cross_entropy')
     return reduce_loss(-log_probs[np.arange(len(y)), y], reduction)
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #12fd5264
+# %% ../../nbs/01_foundations/04_losses.ipynb #8d1a4c4f
 def kl_div(
     input_log_probs:Tensor, # logarithms of the model's probabilities `(..., n_classes)`
     target_probs:'Tensor|ArrayLike', # the true probabilities, the same shape; no gradient
@@ -234,9 +254,11 @@ def kl_div(
     log_p, target = _pair(input_log_probs, target_probs, constant=True, lowest=True)
     q = target.data
     if not q.ndim or q.min() < 0 or np.abs(q.sum(-1) - 1).max() > 1e-4:
-        raise ValueError(f'target_probs must be probabilities along the last dimension, got values from {q.min()} to {q.max()}')
+        raise ValueError('target_probs must be probabilities along the last dimension, '
+                         f'got values from {q.min()} to {q.max()}')
     if log_p.data.max() > 1e-4:
-        raise ValueError(f'input_log_probs must be at most 0, got {log_p.data.max()}: pass logarithms of probabilities first')
+        raise ValueError(f'input_log_probs must be at most 0, got {log_p.data.max()}: '
+                         'pass logarithms of probabilities first')
     entropy = _expect(q, np.log(np.where(q > 0, q, 1)))
     losses = record(entropy - _expect(q, log_p.data), 'kl_div', (log_p, lambda g: -g * q))
     if reduction == 'batchmean': return losses.sum() / len(q)
@@ -273,7 +295,7 @@ def multi_margin_loss(
     gaps = (margin - input[rows, y].unsqueeze(1) + input).relu() * others
     return reduce_loss(gaps.sum(1) / input.shape[1], reduction)
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #d6da75b0
+# %% ../../nbs/01_foundations/04_losses.ipynb #9846e2f9
 def triplet_margin_loss(
     anchor:Tensor, # points `(batch, dim)`
     positive:Tensor, # points of the same kind as `anchor`, the same shape
@@ -284,7 +306,8 @@ def triplet_margin_loss(
 )->Tensor: # scalar, or one loss for each triplet
     "Same kinds nearer than different ones: `torch.nn.functional.triplet_margin_loss`."
     _limit('margin', margin, 0, open=True)
-    anchor, positive, negative = (_floats(n, t) for n, t in zip(('anchor', 'positive', 'negative'), (anchor, positive, negative)))
+    anchor, positive, negative = (_floats(name, t) for name, t in dict(
+        anchor=anchor, positive=positive, negative=negative).items())
     if anchor.ndim != 2 or not anchor.shape == positive.shape == negative.shape:
         raise ValueError('anchor, positive and negative must all be (batch, dim), '
                          f'got {anchor.shape}, {positive.shape} and {negative.shape}')
@@ -328,3 +351,96 @@ def log_cosh_loss(
     slope = np.tanh(r)
     losses = record(np.where(size < 1, near, far), 'log_cosh', (input, lambda g: g * slope))
     return reduce_loss(losses, reduction)
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #1485598e
+def _temperature_gradient(logits, target, temperature):
+    "Gradient of the mean cross-entropy of `logits / temperature` by `logits`."
+    p, _ = _softmax(logits / temperature)
+    p[np.arange(len(p)), target] -= 1
+    return p / (len(p)*temperature)
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #ceb589d7
+exercise('foundations.losses.temperature_gradient', _temperature_gradient, cases=lambda rng: [
+    (rng.normal(size=(3, 5)), np.array([0, 4, 2]), 1.0), (rng.normal(size=(2, 3)), np.array([1, 1]), 3.0),
+    (100*rng.normal(size=(7, 2)), rng.integers(0, 2, 7), 0.5), (np.zeros((1, 4)), np.array([3]), 2.0)],
+    mistakes={
+        'the chain rule is missing: dividing the logits divides their gradient too':
+            lambda z, y, t: _temperature_gradient(z, y, t) * t,
+        'the loss is a mean over the batch, so the gradient is divided by its size':
+            lambda z, y, t: _temperature_gradient(z, y, t) * len(z),
+        'the probabilities must be those of the divided logits': lambda z, y, t: _temperature_gradient(z, y, 1.0) / t},
+    hint='Put u = z / T, use the gradient of the cross-entropy for u, then du/dz.')
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #4bab2e8b
+exercise('foundations.losses.smoothing_floor', -0.91*math.log(0.91) - 9*0.01*math.log(0.01), rtol=1e-3, mistakes={
+    'zero is reached only if the target is certain, and smoothing makes it uncertain': 0.0,
+    'the right class keeps its part of the evenly spread share as well': -0.9*math.log(0.9) - 0.1*math.log(0.1/9),
+    'this counts the right class only; all ten terms of the sum count': -math.log(0.91)},
+    hint='Which distribution p makes the cross-entropy H(q, p) smallest, and what is it then?')
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #8ca7c98d
+def _pinball(input, target, tau):
+    "Mean pinball loss, and its gradient by `input`."
+    u = target - input
+    return np.where(u >= 0, tau*u, (tau - 1)*u).mean(), np.where(u >= 0, -tau, 1 - tau) / len(u)
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #cb1e6a3b
+exercise('foundations.losses.pinball', _pinball, cases=lambda rng: [
+    (rng.normal(size=5), rng.normal(size=5), 0.9), (rng.normal(size=7), rng.normal(size=7), 0.5),
+    (rng.normal(size=3), 5 + rng.normal(size=3), 0.1), (5 + rng.normal(size=2), rng.normal(size=2), 0.3)],
+    mistakes={
+        'too low and too high are exchanged: this is the loss for 1 - tau': lambda x, y, tau: _pinball(x, y, 1 - tau),
+        'the sign of the gradient is that for the target: u falls when the prediction rises':
+            lambda x, y, tau: (_pinball(x, y, tau)[0], -_pinball(x, y, tau)[1]),
+        'the loss is a mean, so the gradient is divided by n':
+            lambda x, y, tau: (_pinball(x, y, tau)[0], _pinball(x, y, tau)[1] * len(x))},
+    hint='A prediction that is too low has u > 0; moving it up by one unit saves tau.')
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #83684dbc
+def _weighted_cross_entropy(logits, target, weight):
+    "Mean cross-entropy with a weight for each class, as in PyTorch."
+    each = np.asarray(weight)[target]
+    return (cross_entropy(logits, target, reduction='none') * each).sum() / each.sum()
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #bca99fa3
+exercise('foundations.losses.weighted_cross_entropy', _weighted_cross_entropy, cases=lambda rng: [
+    (rng.normal(size=(5, 3)), np.array([0, 2, 1, 1, 0]), np.array([1.0, 2.0, 5.0])),
+    (rng.normal(size=(2, 3)), np.array([1, 1]), np.array([1.0, 7.0, 1.0])),
+    (Tensor(rng.normal(size=(4, 2))), np.array([0, 0, 1, 0]), np.array([0.5, 3.0]))],
+    mistakes={
+        'it is divided by the batch size; PyTorch divides by the sum of the weights that were used':
+            lambda z, y, w: (cross_entropy(z, y, reduction='none') * w[y]).mean(),
+        'it is divided by the sum of all class weights, not of those in the batch':
+            lambda z, y, w: (cross_entropy(z, y, reduction='none') * w[y]).sum() / w.sum(),
+        'the weights multiply the logits here, which changes the probabilities; they belong to the losses':
+            lambda z, y, w: cross_entropy(z * w, y)},
+    hint='Take a batch in which all examples have one class, and change the weight of that class.')
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #4699a1c7
+def _focal_slope(margin, gamma):
+    "Derivative of the focal loss by the margin."
+    s, surprise = _sigmoid(-margin), np.logaddexp(0, -margin)
+    return -s**gamma * (s + gamma*_sigmoid(margin)*surprise)
+
+
+def _literal_focal_slope(margin, gamma):
+    "The product rule, as it is written in the exercise."
+    s, surprise = _sigmoid(-margin), np.logaddexp(0, -margin)
+    return -gamma * s**(gamma - 1) * s*(1 - s) * surprise - s**gamma * s
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #cb34095f
+exercise('foundations.losses.focal_slope', _focal_slope, cases=lambda rng: [
+    (rng.normal(size=5), 2.0), (rng.normal(size=3), 0.0), (3*rng.normal(size=7), 0.5),
+    (np.array([-800.0, -5.0, 5.0, 800.0]), 0.5), (np.array([-800.0, 800.0]), 3.0)],
+    mistakes={
+        's**(gamma - 1) is infinite where s rounds to 0: multiply it with the s beside it': _literal_focal_slope,
+        'the factor s**gamma depends on the margin as well: its derivative is missing':
+            lambda m, gamma: -_sigmoid(-m)**(gamma + 1),
+        'the sign is wrong: a larger margin makes the loss smaller': lambda m, gamma: -_focal_slope(m, gamma)},
+    hint='s**(gamma - 1) * s is a power that never is infinite.')
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #803da3f0
+exercise('foundations.losses.fork', 'between', choices=('left', 'between', 'right'), mistakes={
+    'this is what the other divergence would do; maximum likelihood must cover both roads': 'left',
+    'by symmetry nothing prefers right to left, and maximum likelihood must cover both': 'right'},
+    hint='Set the derivative of the Gaussian log-likelihood by its mean to zero.')

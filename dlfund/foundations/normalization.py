@@ -32,7 +32,7 @@ def signal_sizes(
     def rms(a): return float(np.sqrt(np.mean(np.square(a, dtype=np.float64))))
     return np.array([rms(z.data) for z in outputs]), np.array([rms(z.grad) for z in outputs])
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #96c4c6b9
+# %% ../../nbs/01_foundations/06_normalization.ipynb #edb1347c
 def fans(
     shape:tuple, # of a weight, `(n_out, n_in, *kernel)`
 )->tuple[int, int]: # fan in and fan out
@@ -47,11 +47,13 @@ def gain_of(
     nonlinearity:str, # what follows the layer, in `torch.nn.init.calculate_gain`'s words
     param:float|None=None, # negative slope of `leaky_relu`; by default 0.01
 )->float: # by which the standard deviation is multiplied
-    "Recommend a gain: He et al. 2015, eq. 15, for ReLU, <https://arxiv.org/abs/1502.01852>; PyTorch's choice for the rest."
+    "Recommend a gain: He et al. 2015, <https://arxiv.org/abs/1502.01852>, for ReLU; PyTorch's for the rest."
     slope = 0.01 if param is None else param
-    gains = dict(linear=1.0, sigmoid=1.0, tanh=5/3, relu=math.sqrt(2), leaky_relu=math.sqrt(2 / (1 + slope**2)), selu=3/4)
+    gains = dict(linear=1.0, sigmoid=1.0, tanh=5/3, relu=math.sqrt(2), selu=3/4,
+                 leaky_relu=math.sqrt(2 / (1 + slope**2)))
     gains |= {f'conv{t}{n}d': 1.0 for t in ('', '_transpose') for n in (1, 2, 3)}
-    if nonlinearity not in gains: raise ValueError(f'nonlinearity must be one of {", ".join(gains)}, got {nonlinearity!r}')
+    if nonlinearity not in gains:
+        raise ValueError(f'nonlinearity must be one of {", ".join(gains)}, got {nonlinearity!r}')
     return gains[nonlinearity]
 
 # %% ../../nbs/01_foundations/06_normalization.ipynb #ebe666da
@@ -115,14 +117,14 @@ def orthogonal(
     q = q * np.sign(np.diag(r))
     return (gain * (q.T if n_rows < n_columns else q)).reshape(shape).astype(np.float32)
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #aded1294
+# %% ../../nbs/01_foundations/06_normalization.ipynb #8bfa6711
 def lsuv(
     layers:list, # pairs `(weight, function)`; the function maps what the layer before gave to what this one gives
     x:np.ndarray, # a batch of inputs to the first function
     tol:float=0.01, # how far a variance may be from 1
     n_steps:int=10, # tries for each layer; one does if the function is linear in the weight
 )->list: # the variance of each layer's output, afterwards
-    "Scale each weight, in place, until its layer's output has variance 1: Mishkin and Matas 2016, <https://arxiv.org/abs/1511.06422>."
+    "Scale each weight to unit variance of its layer: Mishkin and Matas 2016, <https://arxiv.org/abs/1511.06422>."
     h, found = Tensor(x), []
     with no_grad():
         for i, (weight, function) in enumerate(layers):
@@ -136,13 +138,13 @@ def lsuv(
             h = function(h)
     return found
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #cee00cd2
+# %% ../../nbs/01_foundations/06_normalization.ipynb #bbbd1c96
 def standardise(
     x:Tensor, # any shape, floating point
     dims:tuple, # over which mean and variance are taken
     eps:float=1e-5, # added to the variance, under the root
 )->tuple: # the standardised `Tensor`, and mean and biased variance as arrays with `dims` kept
-    "Bring groups of numbers to mean 0 and variance 1, in one recorded operation: Ioffe and Szegedy 2015, <https://arxiv.org/abs/1502.03167>."
+    "Bring groups of numbers to mean 0, variance 1: Ioffe and Szegedy 2015, <https://arxiv.org/abs/1502.03167>."
     mu = x.data.mean(axis=dims, keepdims=True)
     centred = x.data - mu
     var = np.mean(centred*centred, axis=dims, keepdims=True)
@@ -153,14 +155,9 @@ def standardise(
         return inv * (g - along_ones - x_hat*along_x_hat)
     return record(x_hat, 'standardise', (x, vjp), keeps_output=True), mu, var
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #82645284
-def _affine(
-    x_hat:Tensor, # standardised
-    weight:Tensor|None, # scale
-    bias:Tensor|None, # shift
-    shape:tuple, # to which both are reshaped so that they broadcast
-)->Tensor: # $\gamma \hat x + \beta$
-    "Apply the learned scale and shift."
+# %% ../../nbs/01_foundations/06_normalization.ipynb #823dbe82
+def _affine(x_hat, weight, bias, shape):
+    "Apply the learned scale and shift, reshaped so that they broadcast."
     if weight is not None: x_hat = x_hat * weight.reshape(shape)
     return x_hat if bias is None else x_hat + bias.reshape(shape)
 
@@ -171,6 +168,16 @@ def _check_norm(op, x, shape, weight, bias, eps):
     if not eps >= 0: raise ValueError(f'eps must be 0 or more, got eps={eps}')
     for name, t in (('weight', weight), ('bias', bias)):
         if t is not None and t.shape != shape: raise ValueError(f'{name} must have shape {shape}, got {t.shape}')
+
+
+def _check_running(running_mean, running_var, c, training):
+    "Refuse running statistics that cannot be used."
+    if running_mean is None and running_var is None:
+        if not training: raise ValueError('without training, running_mean and running_var must be arrays, got None')
+        return
+    for name, a in (('running_mean', running_mean), ('running_var', running_var)):
+        if not isinstance(a, np.ndarray) or a.shape != (c,) or a.dtype.kind != 'f':
+            raise ValueError(f'{name} must be a floating-point array of shape ({c},), got {a!r:.40}')
 
 # %% ../../nbs/01_foundations/06_normalization.ipynb #36eeef90
 def _remember(running, value, momentum):
@@ -201,17 +208,7 @@ def batch_norm(
     _remember(running_mean, mu, momentum); _remember(running_var, var * (n/(n - 1)), momentum)
     return _affine(x_hat, weight, bias, shape)
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #837f5ced
-def _check_running(running_mean, running_var, c, training):
-    "Refuse running statistics that cannot be used."
-    if running_mean is None and running_var is None:
-        if not training: raise ValueError('without training, running_mean and running_var must be arrays, got None')
-        return
-    for name, a in (('running_mean', running_mean), ('running_var', running_var)):
-        if not isinstance(a, np.ndarray) or a.shape != (c,) or a.dtype.kind != 'f':
-            raise ValueError(f'{name} must be a floating-point array of shape ({c},), got {a!r:.40}')
-
-# %% ../../nbs/01_foundations/06_normalization.ipynb #904b0b4e
+# %% ../../nbs/01_foundations/06_normalization.ipynb #e2ab5227
 def layer_norm(
     x:Tensor, # `(..., *normalized_shape)`
     normalized_shape:int|tuple, # sizes of the last dimensions, over which is averaged
@@ -219,7 +216,7 @@ def layer_norm(
     bias:Tensor|None=None, # shift, of shape `normalized_shape`
     eps:float=1e-5, # added to the variance, under the root
 )->Tensor: # shape of `x`
-    "Normalise each example by itself: Ba et al. 2016, <https://arxiv.org/abs/1607.06450>; as `torch.nn.functional.layer_norm`."
+    "Normalise each example by itself, as PyTorch's: Ba et al. 2016, <https://arxiv.org/abs/1607.06450>."
     shape, dims = _last_dims(x, normalized_shape)
     _check_norm('layer_norm', x, shape, weight, bias, eps)
     return _affine(standardise(x, dims, eps)[0], weight, bias, shape)
@@ -232,7 +229,7 @@ def _last_dims(x, normalized_shape):
         raise ValueError(f'x must end in the sizes normalized_shape={shape}, got x of shape {x.shape}')
     return shape, tuple(range(x.ndim - len(shape), x.ndim))
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #9dbdfea6
+# %% ../../nbs/01_foundations/06_normalization.ipynb #35465aeb
 def group_norm(
     x:Tensor, # `(b, c, *spatial)`
     n_groups:int, # into how many groups the channels are split; must divide c
@@ -240,15 +237,16 @@ def group_norm(
     bias:Tensor|None=None, # shift of each channel, `(c,)`
     eps:float=1e-5, # added to the variance, under the root
 )->Tensor: # shape of `x`
-    "Normalise groups of channels of each example: Wu and He 2018, <https://arxiv.org/abs/1803.08494>; as `torch.nn.functional.group_norm`."
+    "Normalise groups of channels of each example, as PyTorch's: Wu and He 2018, <https://arxiv.org/abs/1803.08494>."
     if x.ndim < 2: raise ValueError(f'group_norm needs x of shape (b, c, ...), got {x.shape}')
     b, c = x.shape[:2]
-    if n_groups < 1 or c % n_groups: raise ValueError(f'n_groups must divide the channels, got n_groups={n_groups} and {c} channels')
+    if n_groups < 1 or c % n_groups:
+        raise ValueError(f'n_groups must divide the channels, got n_groups={n_groups} and {c} channels')
     _check_norm('group_norm', x, (c,), weight, bias, eps)
     x_hat = standardise(x.reshape(b, n_groups, -1), (2,), eps)[0].reshape(x.shape)
     return _affine(x_hat, weight, bias, (1, -1) + (1,)*(x.ndim - 2))
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #ccb3424a
+# %% ../../nbs/01_foundations/06_normalization.ipynb #6d6c31a9
 def instance_norm(
     x:Tensor, # `(b, c, *spatial)`, at least one spatial dimension
     running_mean:np.ndarray|None=None, # `(c,)`; changed in place if the input's statistics are used
@@ -259,24 +257,25 @@ def instance_norm(
     momentum:float=0.1, # weight of the new input in the running statistics, 0 to 1
     eps:float=1e-5, # added to the variance, under the root
 )->Tensor: # shape of `x`
-    "Normalise each channel of each example: Ulyanov et al. 2016, <https://arxiv.org/abs/1607.08022>; as `torch.nn.functional.instance_norm`."
+    "Normalise each channel of each example, as PyTorch's: Ulyanov et al. 2016, <https://arxiv.org/abs/1607.08022>."
     if not use_input_stats: return batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
     n = math.prod(x.shape[2:])
-    if x.ndim < 3 or n < 2: raise ValueError(f'instance_norm needs more than one place per channel, got x of shape {x.shape}')
+    if x.ndim < 3 or n < 2:
+        raise ValueError(f'instance_norm needs more than one place per channel, got x of shape {x.shape}')
     _check_norm('instance_norm', x, x.shape[1:2], weight, bias, eps)
     _check_running(running_mean, running_var, x.shape[1], True)
     x_hat, mu, var = standardise(x, tuple(range(2, x.ndim)), eps)
     _remember(running_mean, mu.mean(axis=0), momentum); _remember(running_var, var.mean(axis=0) * (n/(n - 1)), momentum)
     return _affine(x_hat, weight, bias, (1, -1) + (1,)*(x.ndim - 2))
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #a4f78a40
+# %% ../../nbs/01_foundations/06_normalization.ipynb #df6f4211
 def rms_norm(
     x:Tensor, # `(..., *normalized_shape)`
     normalized_shape:int|tuple, # sizes of the last dimensions, over which is averaged
     weight:Tensor|None=None, # scale, of shape `normalized_shape`
     eps:float|None=None, # added to the mean square, under the root; by default the machine epsilon of the dtype
 )->Tensor: # shape of `x`
-    "Divide each example by its root mean square: Zhang and Sennrich 2019, <https://arxiv.org/abs/1910.07467>; as `torch.nn.functional.rms_norm`."
+    "Divide each example by its rms, as PyTorch's: Zhang and Sennrich 2019, <https://arxiv.org/abs/1910.07467>."
     shape, dims = _last_dims(x, normalized_shape)
     if eps is None: eps = np.finfo(x.dtype).eps if x.dtype.kind == 'f' else 0.0
     _check_norm('rms_norm', x, shape, weight, None, eps)
@@ -285,13 +284,16 @@ def rms_norm(
     def vjp(g): return inv * (g - x_hat * np.mean(g*x_hat, axis=dims, keepdims=True))
     return _affine(record(x_hat, 'rms_norm', (x, vjp), keeps_output=True), weight, None, shape)
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #d927875e
-def _first_below(first, factor): return next(k for k in range(1, 1000) if first * factor**(k - 1) < np.finfo(np.float32).tiny)
+# %% ../../nbs/01_foundations/06_normalization.ipynb #30286e26
+def _first_below(first, factor):
+    tiny = np.finfo(np.float32).tiny
+    return next(k for k in range(1, 1000) if first * factor**(k - 1) < tiny)
 
 exercise('foundations.normalization.underflow', _first_below(0.1, math.sqrt(0.005)), mistakes={
-    'that counts layers without a ReLU: half of the mean square is lost at each one after the first': _first_below(0.1, 0.1),
+    'that forgets the ReLU: half of the mean square is lost at each layer after the first': _first_below(0.1, 0.1),
     'that multiplies the rms by 0.005: this is the factor of the mean square, take its root': _first_below(0.1, 0.005),
-    'that lets the inputs pass a ReLU too: the first layer sees them whole': _first_below(math.sqrt(0.005), math.sqrt(0.005)) - 1},
+    'one too early: the first layer is number 1, and it multiplies by 0.1, since its inputs have met no ReLU':
+        _first_below(0.1, math.sqrt(0.005)) - 1},
     hint='By what is the rms multiplied at the first layer, and by what at each later one?')
 
 # %% ../../nbs/01_foundations/06_normalization.ipynb #bce5786d
@@ -306,13 +308,13 @@ def _gain_for(activation):
     "The gain that keeps the mean square of a standard normal signal."
     return 1 / math.sqrt(_mean_square(activation))
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #188bc1b8
+# %% ../../nbs/01_foundations/06_normalization.ipynb #d27071a9
 exercise('foundations.normalization.gain_for', _gain_for, cases=lambda rng: [
     (lambda z: np.maximum(z, 0),), (np.tanh,), (np.abs,), (lambda z: z / (1 + np.exp(-z)),)], mistakes={
     'this is the square of the gain: the standard deviation wants the root': lambda f: 1 / _mean_square(f),
     'this is upside down: an activation that loses much needs a large gain': lambda f: math.sqrt(_mean_square(f)),
-    'this takes the variance of the activation: the next sum sees its mean square, the mean included':
-        lambda f: 1 / math.sqrt(_mean_square(lambda z: f(z) - f(np.linspace(-8, 8, 20001)) @ (d := np.exp(-np.linspace(-8, 8, 20001)**2/2)) / d.sum()))},
+    'this takes the mean of the absolute value: the variance of the next sum wants the mean square':
+        lambda f: 1 / _mean_square(lambda z: np.sqrt(np.abs(f(z))))},
     hint='What must gain² times the mean square of the activation be?', rtol=1e-2)
 
 # %% ../../nbs/01_foundations/06_normalization.ipynb #83436701
@@ -323,19 +325,21 @@ def _layer_backward(x, weight, g, eps):
     along = (to_hat * x_hat).mean(axis=1, keepdims=True)
     return (to_hat - to_hat.mean(axis=1, keepdims=True) - x_hat*along) / s, (g * x_hat).sum(0), g.sum(0)
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #5e849af7
+# %% ../../nbs/01_foundations/06_normalization.ipynb #8f26863b
 def _late_scale(x, weight, g, eps):
     dx, dw, db = _layer_backward(x, np.ones_like(weight), g, eps)
     return dx * weight, dw, db
 
 exercise('foundations.normalization.layer_backward', _layer_backward, cases=lambda rng: [
-    (rng.normal(2, 3, (b, d)), rng.normal(size=d), rng.normal(size=(b, d)), 1e-5) for b, d in ((2, 3), (5, 7), (3, 11))],
+    (rng.normal(2, 3, (b, d)), rng.normal(size=d), rng.normal(size=(b, d)), 1e-5)
+    for b, d in ((2, 3), (5, 7), (3, 11))],
     mistakes={
-        'the scale is applied to the finished gradient: it must be applied to g before the means are taken': _late_scale,
+        'the scale is applied to the finished gradient: apply it to g, before the means are taken': _late_scale,
         'the gradients of weight and bias are means over the batch: the rows share them, so they add up':
             lambda x, w, g, eps: tuple(a / (len(x) if i else 1) for i, a in enumerate(_layer_backward(x, w, g, eps))),
         'the variance is treated as a constant: a term along x_hat is missing':
-            lambda x, w, g, eps: ((g*w - (g*w).mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + eps), *_layer_backward(x, w, g, eps)[1:])},
+            lambda x, w, g, eps: ((g*w - (g*w).mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + eps),
+                                  *_layer_backward(x, w, g, eps)[1:])},
     hint='Which gradient is g in the third step of the derivation: that of the output, or that of x_hat?')
 
 # %% ../../nbs/01_foundations/06_normalization.ipynb #38bf5344
@@ -344,13 +348,15 @@ def _fold(weight, bias, gamma, beta, running_mean, running_var, eps):
     scale = gamma / np.sqrt(running_var + eps) # (n_out,)
     return weight * scale[:, None], (bias - running_mean)*scale + beta
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #a37f64a5
+# %% ../../nbs/01_foundations/06_normalization.ipynb #287e8e7d
 exercise('foundations.normalization.fold', _fold, cases=lambda rng: [
-    (rng.normal(size=(o, i)), *rng.normal(size=(4, o)), rng.uniform(0.001, 2, o), eps) for o, i, eps in ((3, 5, 1e-5), (7, 2, 1e-2), (5, 5, 1e-3))],
+    (rng.normal(size=(o, i)), *rng.normal(size=(4, o)), rng.uniform(0.001, 2, o), eps)
+    for o, i, eps in ((3, 5, 1e-5), (7, 2, 1e-2), (5, 5, 1e-3))],
     mistakes={
         'the bias of the layer is lost: it is normalised like the rest': lambda w, b, *rest: _fold(w, 0*b, *rest),
         'eps is outside the root': lambda w, b, g, be, m, r, eps: _fold(w, b, g, be, m, (np.sqrt(r) + eps)**2, 0),
-        'the running variance is used as if it were the standard deviation: its root is missing': lambda w, b, g, be, m, r, eps: _fold(w, b, g, be, m, (r + eps)**2, 0)},
+        'the root is missing: the running variance is used as if it were a standard deviation':
+            lambda w, b, g, be, m, r, eps: _fold(w, b, g, be, m, (r + eps)**2, 0)},
     hint='Write the normalised output as scale * (W x) + shift: what are scale and shift?')
 
 # %% ../../nbs/01_foundations/06_normalization.ipynb #ab1e922f
@@ -359,16 +365,21 @@ def _merge(n_a, mean_a, var_a, n_b, mean_b, var_b):
     p, q = n_a / (n_a + n_b), n_b / (n_a + n_b)
     return p*mean_a + q*mean_b, p*var_a + q*var_b + p*q*(mean_a - mean_b)**2
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #fa90fdd7
+# %% ../../nbs/01_foundations/06_normalization.ipynb #91610e38
 exercise('foundations.normalization.merge', _merge, cases=lambda rng: [
-    (n_a, rng.normal(size=3), rng.uniform(0.5, 2, 3), n_b, rng.normal(size=3), rng.uniform(0.5, 2, 3)) for n_a, n_b in ((2, 5), (7, 3), (1, 100))],
+    (n_a, rng.normal(size=3), rng.uniform(0.5, 2, 3), n_b, rng.normal(size=3), rng.uniform(0.5, 2, 3))
+    for n_a, n_b in ((2, 5), (7, 3), (1, 100))],
     mistakes={
-        'the variance between the two means is missing': lambda a, m, v, b, n, w: (_merge(a, m, v, b, n, w)[0], (a*v + b*w) / (a + b)),
+        'the variance between the two means is missing':
+            lambda a, m, v, b, n, w: (_merge(a, m, v, b, n, w)[0], (a*v + b*w) / (a + b)),
         'both parts count the same, whatever their sizes': lambda a, m, v, b, n, w: _merge(1, m, v, 1, n, w)},
     hint='E[x²] of the union is easy: it is the weighted mean of var + mean². Subtract the square of the new mean.')
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #a1429b80
-exercise('foundations.normalization.biased', next(b for b in range(2, 99) if math.isclose((b - 1)/b, 0.8)), mistakes={
-    'then the right one is a fifth larger than the wrong one: that is not the same as a fifth too small': next(b for b in range(2, 99) if math.isclose(b/(b - 1), 1.2)),
-    'this is b - 1, the divisor of the unbiased variance': next(b for b in range(2, 99) if math.isclose(b/(b + 1), 0.8))},
+# %% ../../nbs/01_foundations/06_normalization.ipynb #049b8980
+def _rows_for(ratio): return next(b for b in range(2, 99) if math.isclose(ratio(b), 0.8))
+
+exercise('foundations.normalization.biased', _rows_for(lambda b: (b - 1)/b), mistakes={
+    'then the right one is a fifth larger than the wrong one, and the wrong one only a sixth too small':
+        _rows_for(lambda b: 2 - b/(b - 1)),
+    'this is b - 1, the divisor of the unbiased variance': _rows_for(lambda b: b/(b + 1))},
     hint='By which numbers do the two variances divide the same sum of squares?')

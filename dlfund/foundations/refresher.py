@@ -18,25 +18,26 @@ def _project(x, basis):
     coefficients = np.linalg.solve(basis.T @ basis, basis.T @ x.T) # (k, b)
     return (basis @ coefficients).T
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #cc78a652
+# %% ../../nbs/01_foundations/00_refresher.ipynb #402d4d5b
 exercise('foundations.refresher.project', _project, cases=lambda rng: [
     (rng.normal(size=(3, 5)), rng.normal(size=(5, 2))), (rng.normal(size=(2, 7)), rng.normal(size=(7, 1))),
     (rng.normal(size=(5, 3)), rng.normal(size=(3, 3)))],
     mistakes={
         'the columns are treated as orthonormal: the inverse of BᵀB is missing': lambda x, basis: x @ basis @ basis.T,
-        'these are the coefficients: multiply them by the basis': lambda x, basis: x @ basis @ np.linalg.inv(basis.T @ basis),
+        'these are the coefficients: multiply them by the basis':
+            lambda x, basis: x @ basis @ np.linalg.inv(basis.T @ basis),
         'this is what the projection leaves over': lambda x, basis: x - _project(x, basis)},
     hint='What does the matrix P in the section on least squares do to one row, and what to all of them?')
 
 # %% ../../nbs/01_foundations/00_refresher.ipynb #d54a6c57
 _steps = math.ceil(math.log(1000) / math.log((100 + 1) / (100 - 1)))
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #d69d3402
+# %% ../../nbs/01_foundations/00_refresher.ipynb #c1396bbf
 exercise('foundations.refresher.steps', _steps, mistakes={
     'this belongs to the learning rate 1/λ_max, which shrinks the flat direction only by 1 - 1/κ':
         math.ceil(math.log(1000) / -math.log(1 - 1/100)),
     'the square root of κ appears with momentum, not here': math.ceil(math.log(1000) / math.log((10 + 1) / (10 - 1))),
-    'the flat direction alone does not shrink by 1/κ in all: each step has a factor': 100},
+    'after κ steps the error is about e² times smaller, not a thousand times': 100},
     hint='The factor of one step, to the power of the number of steps, must be 1/1000 or less.')
 
 # %% ../../nbs/01_foundations/00_refresher.ipynb #857b18a2
@@ -62,10 +63,11 @@ def _posterior(prior, table, seen):
     p = np.exp(log - log.max())
     return p / p.sum()
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #4cf0bb78
+# %% ../../nbs/01_foundations/00_refresher.ipynb #54f3e699
 def _evidence(rng, n_classes, n_values, n_seen):
     "A prior, a table and observations."
-    return (rng.dirichlet(np.ones(n_classes)), rng.dirichlet(5*np.ones(n_values), size=n_classes), rng.integers(n_values, size=n_seen))
+    prior, table = rng.dirichlet(np.ones(n_classes)), rng.dirichlet(5*np.ones(n_values), size=n_classes)
+    return prior, table, rng.integers(n_values, size=n_seen)
 
 
 exercise('foundations.refresher.posterior', _posterior, cases=lambda rng: [
@@ -77,18 +79,21 @@ exercise('foundations.refresher.posterior', _posterior, cases=lambda rng: [
         'the probabilities must sum to 1': lambda prior, table, seen: prior * table[:, seen].prod(1)},
     hint='Turn products into sums, and think of the softmax.')
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #c3536af5
+# %% ../../nbs/01_foundations/00_refresher.ipynb #e47497ce
 def _kl_gaussians(mu0, sigma0, mu1, sigma1):
-    "Divergence of the second Gaussian from the first, in nats."
+    "Divergence of the first Gaussian from the second, in nats."
     return np.log(sigma1/sigma0) + (sigma0**2 + (mu0 - mu1)**2) / (2*sigma1**2) - 0.5
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #570ec306
+# %% ../../nbs/01_foundations/00_refresher.ipynb #0bb69212
 exercise('foundations.refresher.kl', _kl_gaussians, cases=lambda rng: [
-    (rng.normal(size=n), rng.uniform(0.3, 2, size=n), rng.normal(size=n), rng.uniform(0.3, 2, size=n)) for n in (1, 3, 7)],
+    (rng.normal(size=n), rng.uniform(0.3, 2, size=n), rng.normal(size=n), rng.uniform(0.3, 2, size=n))
+    for n in (1, 3, 7)],
     mistakes={
-        'the two Gaussians are exchanged: the divergence has a direction': lambda m0, s0, m1, s1: _kl_gaussians(m1, s1, m0, s0),
+        'the two Gaussians are exchanged: the divergence has a direction':
+            lambda m0, s0, m1, s1: _kl_gaussians(m1, s1, m0, s0),
         'the divergence of a Gaussian from itself must be 0: a half is missing': lambda *a: _kl_gaussians(*a) + 0.5,
-        'the standard deviations must be squared': lambda m0, s0, m1, s1: np.log(s1/s0) + (s0 + (m0 - m1)**2)/(2*s1) - 0.5},
+        'the standard deviations must be squared':
+            lambda m0, s0, m1, s1: np.log(s1/s0) + (s0 + (m0 - m1)**2)/(2*s1) - 0.5},
     hint='Write both log-densities; under p, what is the mean of (x - mu1)²?')
 
 # %% ../../nbs/01_foundations/00_refresher.ipynb #87902e07
@@ -103,10 +108,11 @@ def _perplexity(logits, targets, keep):
     "The number of equally likely tokens that would be as surprising."
     return np.exp(_surprises(logits, targets)[keep].mean())
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #fc341db9
+# %% ../../nbs/01_foundations/00_refresher.ipynb #3bfd5eb9
 def _sentences(rng, b, t, v, scale):
     "Logits, targets, and which of them are no padding."
-    return scale*rng.normal(size=(b, t, v)), rng.integers(v, size=(b, t)), np.arange(t) < rng.integers(1, t, size=(b, 1))
+    logits, targets = scale*rng.normal(size=(b, t, v)), rng.integers(v, size=(b, t))
+    return logits, targets, np.arange(t) < rng.integers(1, t, size=(b, 1))
 
 
 exercise('foundations.refresher.perplexity', _perplexity, cases=lambda rng: [
@@ -121,9 +127,10 @@ exercise('foundations.refresher.perplexity', _perplexity, cases=lambda rng: [
 # %% ../../nbs/01_foundations/00_refresher.ipynb #f4e95921
 _pictures = 0.9 * (1 - 0.9) / 0.001**2
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #b8fdb426
+# %% ../../nbs/01_foundations/00_refresher.ipynb #31783bed
 exercise('foundations.refresher.pictures', _pictures, mistakes={
     'the variance of one answer is p(1 - p), not 1': 1 / 0.001**2,
-    'the standard error falls with the square root of n, so the ratio must be squared': math.sqrt(0.9 * (1 - 0.9)) / 0.001,
+    'the standard error falls with the square root of n, so the ratio must be squared':
+        math.sqrt(0.9 * (1 - 0.9)) / 0.001,
     'that many are needed for two standard errors of 0.001': 4 * 0.9 * (1 - 0.9) / 0.001**2},
     hint='An accuracy is a mean of zeros and ones. What is the variance of one of them?')
