@@ -105,14 +105,14 @@ class Theirs:
         return np.diff(times)
 
 
-def in_turn(rivals, n=REPETITIONS, warm_up=20):
-    "Let all rivals take a step, again and again; return for each an array (n, 3) of seconds: forward, backward, optimizer."
+def in_turn(rivals, n=REPETITIONS, block=10, warm_up=3):
+    "Blocks of steps of each rival in turn, without the first steps of a block, which find cold caches; seconds (n, 3): forward, backward, optimizer."
     x, y = data()
     theirs, found = (torch.from_numpy(x), torch.from_numpy(y)), defaultdict(list)
-    for i in range(n + warm_up):
+    for i in range(1 + n // block):
         for name, rival in rivals.items():
-            times = rival.step(*(theirs if isinstance(rival, Theirs) else (x, y)))
-            if i >= warm_up: found[name].append(times)
+            times = [rival.step(*(theirs if isinstance(rival, Theirs) else (x, y))) for _ in range(warm_up + block)]
+            if i: found[name] += times[warm_up:] # the first round warms up
     return {name: np.array(times) for name, times in found.items()}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from platformdirs import user_data_path
 
-# %% ../nbs/00_shared/03_exercises.ipynb #fa0439cd
+# %% ../nbs/00_shared/03_exercises.ipynb #a73ac09e
 @dataclass(frozen=True, kw_only=True)
 class Exercise:
     "One exercise: what is right, what is wrong in a known way, and how to tell."
@@ -25,7 +25,7 @@ class Exercise:
     cases:Callable|None=None # NumPy generator -> list of argument tuples; for functions
     use:Callable|None=None # how a case is put to an answer; by default `answer(*case)`
     choices:tuple=() # what may be answered, if the answer is a choice
-    hint:str='' # said on request
+    hint:str # said on request
     rtol:float=1e-5 # relative tolerance of numbers
     atol:float=1e-7 # absolute tolerance of numbers
     def __post_init__(self):
@@ -34,17 +34,25 @@ class Exercise:
         if callable(self.solution) != (self.cases is not None):
             raise ValueError(f'an exercise has cases if, and only if, its answer is a function, got {self.name}')
 
-# %% ../nbs/00_shared/03_exercises.ipynb #0669bd76
+# %% ../nbs/00_shared/03_exercises.ipynb #4fe3a9c5
 REGISTRY = {} # exercises of the chapters that were imported, by name
 
 
 def exercise(
     name:str, # `part.chapter.exercise`
-    solution:object, # as in `Exercise`
-    **about, # the other fields of `Exercise`
+    solution:object, # a function or class, a number, an array, or one of `choices`
+    *,
+    mistakes:dict, # what to say: the wrong answer that calls for it; at least two
+    hint:str, # said on request
+    cases:Callable|None=None, # NumPy generator -> list of argument tuples; for functions
+    use:Callable|None=None, # how a case is put to an answer; by default `answer(*case)`
+    choices:tuple=(), # what may be answered, if the answer is a choice
+    rtol:float=1e-5, # relative tolerance of numbers
+    atol:float=1e-7, # absolute tolerance of numbers
 )->None:
     "Register an exercise; chapters do this at their end."
-    REGISTRY[name] = Exercise(name=name, solution=solution, **about)
+    REGISTRY[name] = Exercise(name=name, solution=solution, mistakes=mistakes, hint=hint, cases=cases, use=use,
+                              choices=choices, rtol=rtol, atol=atol)
 
 # %% ../nbs/00_shared/03_exercises.ipynb #3f6daaff
 def names(
@@ -143,22 +151,27 @@ def _numbers(
     many = f'{(~close).sum()} of {close.size} numbers{of} differ, the first at index {list(at)}: ' if at else ''
     return f'{many}expected {expected[at]:.6g}, got {got[at]:.6g}'
 
-# %% ../nbs/00_shared/03_exercises.ipynb #c5f1aa07
+# %% ../nbs/00_shared/03_exercises.ipynb #32ae6298
 def outcomes(
     ex:Exercise, # whose cases to use
     answer:object, # a function
 )->list: # what it gave on each case, or the exception it raised
     "Put every case to an answer, on copies of the arguments."
-    found = []
+    found, gave_nothing = [], []
+    def watched(*args, **kwargs):
+        out = answer(*args, **kwargs)
+        if out is None: gave_nothing.append(True)
+        return out
+    use, watch = ex.use or (lambda f, *args: f(*args)), answer if isinstance(answer, type) else watched
     for case in ex.cases(np.random.default_rng(0)):
         try:
             with warnings.catch_warnings(), np.errstate(all='ignore'):
                 warnings.simplefilter('ignore')
-                found.append((ex.use or (lambda f, *args: f(*args)))(answer, *copy.deepcopy(case)))
-        except Exception as e: found.append(e)
+                found.append(use(watch, *copy.deepcopy(case)))
+        except Exception as e: found.append(NotImplementedError() if gave_nothing else e) # a stub, put to use
     return found
 
-
+# %% ../nbs/00_shared/03_exercises.ipynb #644e5311
 def same(
     ex:Exercise, # with its tolerances
     got:list, # outcomes of an answer
@@ -249,7 +262,7 @@ def progress(
         marks = ''.join('■' if kept.get(n, {}).get('solved') else '◪' if n in kept else '□' for n in its)
         print(f'{chapter:32} {marks:10} {sum(m == "■" for m in marks)} of {len(its)}')
 
-# %% ../nbs/00_shared/03_exercises.ipynb #79f5d677
+# %% ../nbs/00_shared/03_exercises.ipynb #05193592
 class Verdict(int):
     "1 if an answer is right, else 0; a notebook does not repeat it, since `check` has spoken already."
     def _ipython_display_(self)->None:
@@ -268,7 +281,7 @@ def check(
     else:
         print(f'{name}: not yet.', *wrong, sep='\n  ')
         if hint: print(f'  hint: {ex.hint}')
-        elif ex.hint: print('  (hint=True gives a hint)')
+        else: print('  (hint=True gives a hint)')
     if wrong != [EMPTY]: remember(name, not wrong)
     return Verdict(not wrong)
 

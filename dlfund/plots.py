@@ -87,7 +87,7 @@ def ticks(
     locator = LogLocator(numticks=7) if log else MaxNLocator(6)
     return np.array([t for t in locator.tick_values(*limits) if limits[0] <= t <= limits[1]])
 
-# %% ../nbs/00_shared/01_plots.ipynb #e3979d46
+# %% ../nbs/00_shared/01_plots.ipynb #6d17c542
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 320, 62, 628, 10, 272 # pixels of the picture, and of the frame in it
 
 
@@ -110,13 +110,13 @@ def _frame(
     across, up = ticks(xlim, logs[0]), ticks(ylim, logs[1])
     columns = zip(across, to_pixels(across, xlim, (LEFT, RIGHT), logs[0]))
     rows = zip(up, to_pixels(up, ylim, (BOTTOM, TOP), logs[1]))
-    middle = f'{(TOP + BOTTOM)/2:g}'
     parts = [f'<path d="M{p:g} {TOP}V{BOTTOM}"/><text x="{p:g}" y="{BOTTOM + 16}" text-anchor="middle">{t:g}</text>'
              for t, p in columns]
     parts += [f'<path d="M{LEFT} {p:g}H{RIGHT}"/><text x="{LEFT - 6}" y="{p + 4:g}" text-anchor="end">{t:g}</text>'
               for t, p in rows]
+    turned = f'text-anchor="middle" transform="translate(14 {(TOP + BOTTOM)/2:g}) rotate(-90)"'
     parts += [f'<text x="{(LEFT + RIGHT)/2:g}" y="{HEIGHT - 10}" text-anchor="middle">{escape(xlabel)}</text>',
-              f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(ylabel)}</text>']
+              f'<text {turned}>{escape(ylabel)}</text>']
     return '<g class="explore-frame">' + ''.join(parts) + '</g>'
 
 # %% ../nbs/00_shared/01_plots.ipynb #832825fb
@@ -188,7 +188,7 @@ def _span(
     air = 0.04 * (high - low) or 1.0
     return low - air, high + air
 
-# %% ../nbs/00_shared/01_plots.ipynb #348e6d8e
+# %% ../nbs/00_shared/01_plots.ipynb #eeed2ce6
 def explore(
     curves:dict, # label: y `(n_values, n)`, or `(x, y)` with x `(n,)` or `(n_values, n)`
     values:list, # what the slider can be set to, `n_values` numbers or words
@@ -196,8 +196,7 @@ def explore(
     xlabel:str, # what is horizontal, with its unit
     ylabel:str, # what is vertical, with its unit
     alt:str, # what the figure looks like, for those who do not see it
-    *,
-    start:int=0, # position of the slider at first
+    *, start:int=0, # position of the slider at first
     xlim:tuple|None=None, # limits of the horizontal axis; by default those of the data
     ylim:tuple|None=None, # limits of the vertical axis; by default those of the data
     xlog:bool=False, # logarithmic horizontal axis
@@ -208,16 +207,19 @@ def explore(
     "Draw curves that follow a slider, without a server: all of them are in the page."
     if not 0 <= start < len(values): raise ValueError(f'start must be from 0 to {len(values) - 1}, got {start}')
     pairs, still = _pairs(curves, len(values)), [*(dots or {}).values(), *(background or [])]
-    xlim = xlim or _span([p[0] for p in (*pairs.values(), *still)], xlog)
-    ylim = ylim or _span([p[1] for p in (*pairs.values(), *still)], ylog)
-    def x_of(x): return to_pixels(np.asarray(x, float), xlim, (LEFT, RIGHT), xlog)
-    def y_of(y): return to_pixels(np.asarray(y, float), ylim, (BOTTOM, TOP), ylog)
-    paths = [[_path(*row) for row in zip(x_of(x), y_of(y))] for x, y in pairs.values()]
-    fixed = [f'<path d="{_path(x_of(x), y_of(y))}" stroke="{INK}" stroke-opacity=".45"/>' for x, y in background or []]
-    places = [point for x, y in (dots or {}).values() for point in zip(x_of(x), y_of(y))]
-    points = [f'<circle cx="{a:g}" cy="{b:g}" r="3" fill="{INK}"/>' for a, b in places]
-    return Explorable(_page(list(pairs), list(dots or {}), paths, values, name, alt, start,
-                            _frame(xlim, ylim, xlabel, ylabel, (xlog, ylog)), ''.join(fixed + points)), alt)
+    bare = [label for label, curve in curves.items() if not isinstance(curve, tuple)]
+    if bare and still: raise ValueError(f'beside dots or background, curves must be (x, y), got only y for {bare}')
+    drawn = [*pairs.values(), *still]
+    xlim, ylim = xlim or _span([x for x, _ in drawn], xlog), ylim or _span([y for _, y in drawn], ylog)
+    def place(x, y): # data to pixels
+        return (to_pixels(np.asarray(x, float), xlim, (LEFT, RIGHT), xlog),
+                to_pixels(np.asarray(y, float), ylim, (BOTTOM, TOP), ylog))
+    paths = [[_path(*row) for row in zip(*place(x, y))] for x, y in pairs.values()]
+    fixed = [f'<path d="{_path(*place(x, y))}" stroke="{INK}" stroke-opacity=".65"/>' for x, y in background or []]
+    places = [point for x, y in (dots or {}).values() for point in zip(*place(x, y))]
+    fixed += [f'<circle cx="{a:g}" cy="{b:g}" r="3" fill="{INK}"/>' for a, b in places]
+    frame = _frame(xlim, ylim, xlabel, ylabel, (xlog, ylog))
+    return Explorable(_page([*pairs], [*(dots or {})], paths, values, name, alt, start, frame, ''.join(fixed)), alt)
 
 # %% ../nbs/00_shared/01_plots.ipynb #3258e631
 def _page(

@@ -17,6 +17,7 @@ FENCED = re.compile(r'^ *(`{3,}|~{3,}).*?^ *\1`* *$', re.M|re.S)
 DIALECT = [(r'\{aligned\}', '{split}'), (r'\\operatorname\*', r'\\operatorname'),
            (r'\\arg *\\(min|max)|\\operatorname\{arg\\,(min|max)\}', r'\\operatorname{arg\1\2}')]
 LIMITS = (r'\\(max|min|lim|sup|inf|operatorname\{arg\w+\})_', r'\\\1\\limits_')
+FUNCTION = '<mi>(?:log|ln|exp|sin|cos|tan|sinh|cosh|tanh|arctan|det|dim|sgn|erf)</mi>'
 NO_PROSE = ['a', 'code', 'pre', 'script', 'style', 'math', 'svg']
 
 
@@ -41,6 +42,9 @@ def mathml(
     for ours, theirs in DIALECT + [LIMITS]*display: tex = re.sub(ours, theirs, tex)
     out = convert(tex, display='block' if display else 'inline')
     if re.search(r'>\\|<mi>&</mi>|<mo ?/>', out): raise ValueError(f'the preview cannot typeset ${tex}$')
+    thin = '<mspace width="0.17em"/>' # which latex2mathml forgets around the name of a function
+    out = re.sub(f'({FUNCTION})(?=<m(?!o))', rf'\1{thin}', out)
+    out = re.sub(f'(</m(?:i|n|su[bp]|subsup|frac|row|sqrt)>)(?={FUNCTION})', rf'\1{thin}', out)
     return out.replace('<mi>&#x0007E;</mi>', '<mo>&#x223C;</mo>')
 
 

@@ -122,6 +122,10 @@ def test_what_cannot_be_resolved_stops_the_build(tmp_path, text, why):
 def test_mathematics(tex): assert crossrefs.mathml(tex, True).startswith('<math')
 
 
+@pytest.mark.parametrize('tex, thin', [(r'a \log p', 2), (r'\sum_i \ln p_i', 2), (r'\exp(x)', 0), (r'2\sin x', 2)])
+def test_a_functions_name_keeps_its_distance(tex, thin): assert crossrefs.mathml(tex, False).count('<mspace') == thin
+
+
 # A real browser
 
 @pytest.fixture(scope='module')

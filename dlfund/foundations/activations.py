@@ -191,11 +191,13 @@ def _softmax_jvp(p, v):
     "Change of softmax probabilities `p` when the logits move along `v`, for each row."
     return p * (v - (p*v).sum(-1, keepdims=True))
 
-# %% ../../nbs/01_foundations/03_activations.ipynb #f1ee8022
+# %% ../../nbs/01_foundations/03_activations.ipynb #65a165b8
 exercise('foundations.activations.softmax_jvp', _softmax_jvp, cases=lambda rng: [
     (rng.dirichlet(np.ones(n), size=b), rng.normal(size=(b, n))) for b, n in ((1, 3), (5, 7), (2, 11))],
     mistakes={
-        'only the diagonal of the Jacobian is there: p v - p (p · v) has a second term': lambda p, v: p * v,
+        'this is diag(p) v; what became of the second part of the Jacobian?': lambda p, v: p * v,
+        'only the diagonal of the Jacobian is used, but each logit moves every probability':
+            lambda p, v: p * (1 - p) * v,
         'the average must be weighted with p, not with 1/n': lambda p, v: p * (v - v.mean(-1, keepdims=True)),
         'the sum runs over the whole batch; each row has its own': lambda p, v: p * (v - (p*v).sum())},
     hint='Multiply out (diag(p) - p pᵀ) v and look at what kind of object pᵀv is.')
@@ -238,7 +240,7 @@ def _hard_swish(x):
     gate = np.clip((a + 3) / 6, 0, 1)
     return record(a * gate, 'hard_swish', (x, lambda g: g * (gate + a * (np.abs(a) < 3) / 6), x))
 
-# %% ../../nbs/01_foundations/03_activations.ipynb #56b73477
+# %% ../../nbs/01_foundations/03_activations.ipynb #a6fb0255
 def _value_and_slope(f, a):
     "How a case is put to an activation function: its values and its gradient."
     t = Tensor(a, requires_grad=True)
@@ -253,6 +255,8 @@ exercise('foundations.activations.hard_swish', _hard_swish, use=_value_and_slope
     mistakes={
         'the gradient lacks the second term of the product rule: the gate depends on x too':
             lambda x: record(_hard_swish(x).data, 'wrong', (x, lambda g: g * np.clip((x.data + 3)/6, 0, 1))),
+        'outside the corners the gate is constant, and its slope there is 0':
+            lambda x: record(_hard_swish(x).data, 'wrong', (x, lambda g: g * (np.clip((x.data + 3)/6, 0, 1) + x.data/6))),
         'the gate must stop at 0 and at 1': lambda x: x * (x + 3.0) / 6.0,
         'this is the gate alone: multiply it by x': lambda x: ((x + 3.0) / 6.0).clamp(0, 1)},
     hint='Call the gate h(x). What is the derivative of x h(x)?')

@@ -194,19 +194,19 @@ def as_tensor(
     if type(x) in (float, int) and like.dtype.kind == 'f': return Tensor(np.asarray(x, like.dtype))
     return Tensor(np.asarray(x, like.dtype) if type(x) is int and like.dtype.kind in 'iu' else x)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #2449e2c9
+# %% ../../nbs/01_foundations/02_autograd.ipynb #bc5532ea
 def record(
     array:np.ndarray, # result of an operation
     op:str, # its name, for pictures and errors
     *edges:tuple, # one for each input: `(input, vjp, *kept)`
     keeps_output:bool=False, # whether a vjp reads `array` itself
-    shares:Tensor|None=None, # the tensor whose memory `array` may share, for views
+    shares:'Tensor|None'=None, # the tensor whose memory `array` may share, for views
 )->Tensor: # the result, with its history
     "Make the result of an operation, and remember how a gradient gets past it."
     out = Tensor.__new__(Tensor)
     out._array = array if isinstance(array, np.ndarray) else np.asarray(array)
     out.grad, out._keeps_grad, out._freed = None, False, False
-    out._version = shares._version if shares is not None and out._array.base is not None else [0]
+    out._version = [0] if shares is None or not np.may_share_memory(array, shares._array) else shares._version
     wanted = [edge for edge in edges if edge[0].requires_grad] if _recording[0] else []
     own = ((out._version, out._version[0]),) if keeps_output else ()
     out._edges = tuple((t, vjp, own + tuple((k._version, k._version[0]) for k in kept)) for t, vjp, *kept in wanted)
@@ -264,7 +264,7 @@ def __mul__(self:Tensor,
     a, b = operands('*', self, other)
     return record(a._array * b._array, 'mul', (a, lambda g: g * b._array, b), (b, lambda g: g * a._array, a))
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #c4be2005
+# %% ../../nbs/01_foundations/02_autograd.ipynb #d303c5cd
 @patch
 def __truediv__(self:Tensor,
     other:'Tensor|ArrayLike', # broadcasts with the tensor
@@ -290,8 +290,7 @@ def __pow__(self:Tensor,
         n = p._array
         return g * np.where(n == 0, 0, n * a._array**np.where(n == 0, 1, n - 1))
     def to_exponent(g):
-        logs = np.log(np.where(a._array == 0, 1, a._array))
-        return g * np.where((out == 0) & (p._array >= 0), 0, out * logs)
+        return g * out * np.log(np.where((a._array == 0) & (p._array >= 0), 1, a._array))
     return record(out, 'pow', (a, to_base, a, p), (p, to_exponent, a, p), keeps_output=True)
 
 # %% ../../nbs/01_foundations/02_autograd.ipynb #b9ed006c
@@ -384,18 +383,18 @@ def seed_of(
         raise ValueError(f'the gradient must have the shape of the tensor, {root.shape}, got {gradient.shape}')
     return gradient
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #04adbb6a
+# %% ../../nbs/01_foundations/02_autograd.ipynb #e79ab358
 def accumulate(
     t:Tensor, # a leaf
     gradient:np.ndarray, # to be added to what it has
 )->None:
     "Add to `grad`; the first gradient is taken over, or copied if it is only a view of another array."
     gradient = np.asarray(gradient)
-    if t.grad is not None: t.grad = t.grad + gradient.astype(t.dtype, copy=False)
+    if t.grad is not None: t.grad = np.asarray(t.grad + gradient.astype(t.dtype, copy=False))
     elif gradient.base is None and gradient.dtype == t.dtype: t.grad = gradient
     else: t.grad = np.array(gradient, t.dtype)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #8ccfe65c
+# %% ../../nbs/01_foundations/02_autograd.ipynb #f5131e1f
 @patch
 def backward(self:Tensor,
     gradient:'Tensor|ArrayLike|None'=None, # of the loss with respect to this tensor; 1 for a single number
@@ -410,7 +409,7 @@ def backward(self:Tensor,
         if t.is_leaf or t._keeps_grad: accumulate(t, g)
         for parent, vjp, _ in t._edges:
             sent = unbroadcast(vjp(g), parent.shape)
-            if sent is g and parent.is_leaf: sent = g.copy() # two leaves must not share one array
+            if sent is g and (parent.is_leaf or parent._keeps_grad): sent = g.copy() # no two `grad` share one array
             grads[parent] = grads[parent] + sent if parent in grads else sent
             waiting[parent] -= 1
             if not waiting[parent]: ready.append(parent)
@@ -751,7 +750,7 @@ def expand(self:Tensor,
     except ValueError: raise ValueError(f'expand can only repeat sizes of 1, got {self.shape} to {shape}') from None
     return record(out, 'expand', (self, lambda g: g), shares=self)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #4e6c9572
+# %% ../../nbs/01_foundations/02_autograd.ipynb #3d472f87
 def index_arrays(
     key, # what stands between the brackets
 )->object: # the same, with arrays in place of tensors
@@ -769,7 +768,7 @@ def __getitem__(self:Tensor,
     try: out = self._array[key]
     except IndexError as e: raise ValueError(f'the index must fit the shape {self.shape}, got {key}: {e}') from None
     parts = key if isinstance(key, tuple) else (key,)
-    basic = all(k is None or k is Ellipsis or isinstance(k, (int, slice)) for k in parts)
+    basic = all(k is None or k is Ellipsis or isinstance(k, (int, np.integer, slice)) for k in parts)
     def vjp(g):
         back = np.zeros(self.shape, g.dtype)
         if basic: back[key] = g
@@ -916,30 +915,36 @@ def _diamond():
     (u * x + u).backward()
     return u.grad.item(), x.grad.item()
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #9451a885
+# %% ../../nbs/01_foundations/02_autograd.ipynb #9cad8eff
 exercise('foundations.autograd.diamond', _diamond(), mistakes={
+    'that is x first and u second': _diamond()[::-1],
     'the sum also uses u, and sends it 1 more': (2.0, 12.0),
     'u stands for x * x: it sends its adjoint times x to each of the two factors': (3.0, 10.0),
     'x is also a factor of u * x: that path is missing': (3.0, 12.0)},
     hint='List every arrow that leaves u, then every arrow that leaves x; there are two and three.')
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #d86fd81c
+# %% ../../nbs/01_foundations/02_autograd.ipynb #15f6ca24
 def _sum_to(gradient, shape):
-    "Undo broadcasting."
-    gradient = gradient.sum(axis=tuple(range(gradient.ndim - len(shape))))
-    return gradient.sum(axis=tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
+    "Undo `np.tile`."
+    split = [k for size, n in zip(gradient.shape, shape) for k in (size // n, n)]
+    return gradient.reshape(split).sum(axis=tuple(range(0, len(split), 2)))
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #6bd48746
+# %% ../../nbs/01_foundations/02_autograd.ipynb #5a2aa262
+def _undo_repeat(gradient, shape):
+    "A wrong answer to `sum_to`: neighbours are taken for copies."
+    split = [k for size, n in zip(gradient.shape, shape) for k in (n, size // n)]
+    return gradient.reshape(split).sum(axis=tuple(range(1, len(split), 2)))
+
+
 exercise('foundations.autograd.sum_to', _sum_to, cases=lambda rng: [
-    (rng.normal(size=(3, 5)), (3, 5)), (rng.normal(size=(3, 5)), (5,)), (rng.normal(size=(3, 5)), (3, 1)),
-    (rng.normal(size=(2, 3, 5)), (1, 5)), (rng.normal(size=(2, 3)), ())],
+    (rng.normal(size=6), (2,)), (rng.normal(size=(3, 5)), (3, 5)), (rng.normal(size=(6, 5)), (3, 5)),
+    (rng.normal(size=(6, 15)), (3, 5)), (rng.normal(size=(4, 3, 10)), (2, 3, 2))],
     mistakes={
-        'the repeated places are averaged; their adjoints must be added':
+        'the copies are averaged; their adjoints must be added':
             lambda g, shape: _sum_to(g, shape) * np.prod(shape) / g.size,
-        'dimensions of size 1 are summed but lost: keep them':
-            lambda g, shape: _sum_to(g, shape).reshape([n for n in shape if n > 1]),
-        'only the dimensions in front are summed': lambda g, shape: g.sum(axis=tuple(range(g.ndim - len(shape))))},
-    hint='Two kinds of repetition: new dimensions in front, and dimensions of size 1 that grew.')
+        'only the first copy is taken': lambda g, shape: g[tuple(slice(n) for n in shape)],
+        'np.tile puts whole copies one after the other; these are sums over neighbours, as for np.repeat': _undo_repeat},
+    hint='For one dimension: which shape has gradient.reshape(...) if each row is one copy?')
 
 # %% ../../nbs/01_foundations/02_autograd.ipynb #35ae95bb
 def _logsumexp(x):
@@ -966,22 +971,22 @@ exercise('foundations.autograd.logsumexp', _logsumexp, use=_value_and_gradient, 
             _logsumexp(x)._array, 'wrong', (x, lambda g: g * np.exp(x._array - x._array.max())))},
     hint='Subtract the maximum from all numbers, and add it to the result.')
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #9d3d3447
-def _matmul_vjp(g, a, b):
-    "Gradients of a @ b with respect to a and b."
-    return unbroadcast(g @ b.swapaxes(-1, -2), a.shape), unbroadcast(a.swapaxes(-1, -2) @ g, b.shape)
+# %% ../../nbs/01_foundations/02_autograd.ipynb #e808627a
+def _inverse_vjp(g, a):
+    "Gradient of the inverse of a, with respect to a."
+    z = np.linalg.inv(a)
+    return -z.T @ g @ z.T
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #2c508f60
-exercise('foundations.autograd.matmul_vjp', _matmul_vjp, cases=lambda rng: [
-    (rng.normal(size=(3, 7)), rng.normal(size=(3, 5)), rng.normal(size=(5, 7))),
-    (rng.normal(size=(2, 3, 7)), rng.normal(size=(2, 3, 5)), rng.normal(size=(5, 7))),
-    (rng.normal(size=(2, 3, 5, 5)), rng.normal(size=(3, 5, 5)), rng.normal(size=(2, 1, 5, 5)))],
+# %% ../../nbs/01_foundations/02_autograd.ipynb #0963ad7d
+exercise('foundations.autograd.inverse_vjp', _inverse_vjp, cases=lambda rng: [
+    (rng.normal(size=(n, n)), rng.normal(size=(n, n)) + 3*np.eye(n)) for n in (1, 3, 5)],
     mistakes={
-        'where a stack was repeated its gradients must be added':
-            lambda g, a, b: (g @ b.swapaxes(-1, -2), a.swapaxes(-1, -2) @ g),
-        'all dimensions are reversed; only the last two belong to the matrix':
-            lambda g, a, b: (unbroadcast(g @ b.T, a.shape), unbroadcast(a.T @ g, b.shape))},
-    hint='Write it for two matrices first; then ask what broadcasting repeated.')
+        'the sign is missing: where a number grows, its inverse falls': lambda g, a: -_inverse_vjp(g, a),
+        'the transposes are missing; a matrix goes to the other side of the product as its transpose':
+            lambda g, a: -np.linalg.inv(a) @ g @ np.linalg.inv(a),
+        'matrices do not commute: the upstream gradient stands in the middle':
+            lambda g, a: -np.linalg.inv(a).T @ np.linalg.inv(a).T @ g},
+    hint='The product rule for A Z = I gives dZ; then move each Z across the brackets, as B in the derivation of the product.')
 
 # %% ../../nbs/01_foundations/02_autograd.ipynb #3559447b
 class _Dual:
@@ -1024,13 +1029,13 @@ exercise('foundations.autograd.order', 'residual', choices=('chain', 'residual',
     'a missing contribution changes a gradient, not its shape': 'shapes'},
     hint='In which of the programs is a value used twice?')
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #ea2da966
+# %% ../../nbs/01_foundations/02_autograd.ipynb #ef599f4b
 def _kept(n, k):
-    "Layer inputs in memory at the worst moment."
+    "Arrays in memory at the worst moment."
     return n // k + k
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #14ec6104
+# %% ../../nbs/01_foundations/02_autograd.ipynb #92767cd3
 exercise('foundations.autograd.kept', _kept, cases=lambda rng: [(64, 8), (1024, 32), (100, 1), (60, 60)], mistakes={
     'while one segment is computed again, its k layers are in memory too': lambda n, k: n // k,
     'segments are computed again one at a time, not all at once': lambda n, k: n // k + n},
-    hint='Which inputs are stored all the time, and which only while one segment runs backward?')
+    hint='Which arrays are there all the time, and which only while one segment runs backward?')

@@ -264,7 +264,7 @@ def kl_div(
     if reduction == 'batchmean': return losses.sum() / len(q)
     return reduce_loss(losses, reduction)
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #3d0853ba
+# %% ../../nbs/01_foundations/04_losses.ipynb #26b6947c
 def hinge_loss(
     input:Tensor, # scores, any shape; positive means yes
     target:'Tensor|ArrayLike', # -1 or 1, the same shape
@@ -416,7 +416,7 @@ exercise('foundations.losses.weighted_cross_entropy', _weighted_cross_entropy, c
             lambda z, y, w: cross_entropy(z * w, y)},
     hint='Take a batch in which all examples have one class, and change the weight of that class.')
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #4699a1c7
+# %% ../../nbs/01_foundations/04_losses.ipynb #438a9af5
 def _focal_slope(margin, gamma):
     "Derivative of the focal loss by the margin."
     s, surprise = _sigmoid(-margin), np.logaddexp(0, -margin)
@@ -428,12 +428,19 @@ def _literal_focal_slope(margin, gamma):
     s, surprise = _sigmoid(-margin), np.logaddexp(0, -margin)
     return -gamma * s**(gamma - 1) * s*(1 - s) * surprise - s**gamma * s
 
-# %% ../../nbs/01_foundations/04_losses.ipynb #cb34095f
+
+def _rounded_focal_slope(margin, gamma):
+    "@eq-focal, as it is written."
+    s = _sigmoid(-margin)
+    return -s**gamma * (s - gamma*(1 - s)*np.log(1 - s))
+
+# %% ../../nbs/01_foundations/04_losses.ipynb #7f2069e7
 exercise('foundations.losses.focal_slope', _focal_slope, cases=lambda rng: [
     (rng.normal(size=5), 2.0), (rng.normal(size=3), 0.0), (3*rng.normal(size=7), 0.5),
     (np.array([-800.0, -5.0, 5.0, 800.0]), 0.5), (np.array([-800.0, 800.0]), 3.0)],
     mistakes={
         's**(gamma - 1) is infinite where s rounds to 0: multiply it with the s beside it': _literal_focal_slope,
+        'log(1 - s) is minus infinity where s rounds to 1: write it as a softplus': _rounded_focal_slope,
         'the factor s**gamma depends on the margin as well: its derivative is missing':
             lambda m, gamma: -_sigmoid(-m)**(gamma + 1),
         'the sign is wrong: a larger margin makes the loss smaller': lambda m, gamma: -_focal_slope(m, gamma)},

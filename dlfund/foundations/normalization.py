@@ -179,7 +179,7 @@ def _check_running(running_mean, running_var, c, training):
         if not isinstance(a, np.ndarray) or a.shape != (c,) or a.dtype.kind != 'f':
             raise ValueError(f'{name} must be a floating-point array of shape ({c},), got {a!r:.40}')
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #36eeef90
+# %% ../../nbs/01_foundations/06_normalization.ipynb #3c62dbcc
 def _remember(running, value, momentum):
     "Move a running average, in place."
     if running is not None: running += momentum * (value.reshape(running.shape) - running)
@@ -204,6 +204,7 @@ def batch_norm(
         m, r = (a.astype(x.dtype).reshape(shape) for a in (running_mean, running_var))
         return _affine((x - m) * (1 / np.sqrt(r + x.dtype.type(eps))), weight, bias, shape)
     if n < 2: raise ValueError(f'training needs more than one value per channel, got x of shape {x.shape}')
+    if eps == 0: raise ValueError('training needs eps above 0 (a channel may be constant), got eps=0')
     x_hat, mu, var = standardise(x, (0, *range(2, x.ndim)), eps)
     _remember(running_mean, mu, momentum); _remember(running_var, var * (n/(n - 1)), momentum)
     return _affine(x_hat, weight, bias, shape)
@@ -374,6 +375,19 @@ exercise('foundations.normalization.merge', _merge, cases=lambda rng: [
             lambda a, m, v, b, n, w: (_merge(a, m, v, b, n, w)[0], (a*v + b*w) / (a + b)),
         'both parts count the same, whatever their sizes': lambda a, m, v, b, n, w: _merge(1, m, v, 1, n, w)},
     hint='E[x²] of the union is easy: it is the weighted mean of var + mean². Subtract the square of the new mean.')
+
+# %% ../../nbs/01_foundations/06_normalization.ipynb #ff7811c3
+_WHICH = dict(camera='batch', detector='group', painter='instance', writer='RMS')
+
+exercise('foundations.normalization.which', _WHICH, mistakes={
+    'the detector would train with the statistics of two pictures and answer with remembered ones: two functions':
+        _WHICH | dict(detector='batch'),
+    'instance normalization makes all channels of the detector equally strong': _WHICH | dict(detector='instance'),
+    'in a whole picture of the detector, one loud channel turns down all the others': _WHICH | dict(detector='layer'),
+    'what the camera has yet to measure costs arithmetic: which statistics are known before the picture comes?':
+        _WHICH | dict(camera='layer'),
+    'layer normalization suits the writer but for one thing: it computes a mean': _WHICH | dict(writer='layer')},
+    hint='Find for each case the row of the table that decides it, and ask which columns are left.')
 
 # %% ../../nbs/01_foundations/06_normalization.ipynb #049b8980
 def _rows_for(ratio): return next(b for b in range(2, 99) if math.isclose(ratio(b), 0.8))

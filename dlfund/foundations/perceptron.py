@@ -6,31 +6,19 @@
 __all__ = ['fit_perceptron', 'margin', 'logistic', 'logistic_loss', 'fit_logistic', 'softmax_loss', 'squared_loss',
            'LinearClassifier', 'MLP', 'fit_sgd', 'staircase', 'relu_interpolant']
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #bf5638d2
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #b39668f0
 import math
 from collections.abc import Callable
 
 import numpy as np
 from fastcore.basics import patch
-from numpy.typing import ArrayLike
 
 from ..exercises import exercise
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #6130f724
-def _check_points(x, y, labels=None):
-    "Refuse points and labels that do not fit together."
-    x, y = np.asarray(x), np.asarray(y)
-    if x.ndim != 2: raise ValueError(f'x must have shape (n, dim), got shape {x.shape}')
-    if y.shape != x.shape[:1]:
-        raise ValueError(f'y must have one label for each row of x, got shapes {y.shape} and {x.shape}')
-    if labels and not np.isin(y, labels).all():
-        raise ValueError(f'labels must be {labels[0]} or {labels[1]}, got y with {np.setdiff1d(y, labels)[:3]}')
-    return x, y
-
-
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #c594b58b
 def fit_perceptron(
-    x:ArrayLike, # points `(n, dim)`
-    y:ArrayLike, # labels `(n,)`, each -1 or 1
+    x:np.ndarray, # points `(n, dim)`
+    y:np.ndarray, # labels `(n,)`, each -1 or 1
     *,
     n_epochs:int=100, # passes at most; a pass without a mistake is the last
 )->tuple: # weights `(dim,)`, bias, and a list with the mistakes of each pass
@@ -46,10 +34,21 @@ def fit_perceptron(
         if not mistakes[-1]: break
     return w, b, mistakes
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #7e63e896
+
+def _check_points(x, y, labels=None):
+    "Refuse points and labels that do not fit together."
+    x, y = np.asarray(x), np.asarray(y)
+    if x.ndim != 2: raise ValueError(f'x must have shape (n, dim), got shape {x.shape}')
+    if y.shape != x.shape[:1]:
+        raise ValueError(f'y must have one label for each row of x, got shapes {y.shape} and {x.shape}')
+    if labels and not np.isin(y, labels).all():
+        raise ValueError(f'labels must be {labels[0]} or {labels[1]}, got y with {np.setdiff1d(y, labels)[:3]}')
+    return x, y
+
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #7967166d
 def margin(
-    x:ArrayLike, # points `(n, dim)`
-    y:ArrayLike, # labels `(n,)`, each -1 or 1
+    x:np.ndarray, # points `(n, dim)`
+    y:np.ndarray, # labels `(n,)`, each -1 or 1
     w:np.ndarray, # weights `(dim,)`, not all zero together with `b`
     b:float, # bias
 )->float: # positive if, and only if, every point is on its side
@@ -59,7 +58,7 @@ def margin(
     if length == 0: raise ValueError(f'w and b must not all be zero, got w={w} and b={b}')
     return float((y*(x @ w + b)).min() / length)
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #a9f17cde
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #1c11e0e5
 def logistic(
     z:np.ndarray, # scores, any shape
 )->np.ndarray: # probabilities, 0 to 1, the same shape
@@ -71,8 +70,8 @@ def logistic(
 def logistic_loss(
     w:np.ndarray, # weights `(dim,)`
     b:float, # bias
-    x:ArrayLike, # points `(n, dim)`
-    y:ArrayLike, # labels `(n,)`, each 0 or 1
+    x:np.ndarray, # points `(n, dim)`
+    y:np.ndarray, # labels `(n,)`, each 0 or 1
     l2:float=0.0, # penalty on half the squared length of `w`, at least 0
 )->tuple: # the loss, its gradient in `w` `(dim,)`, its gradient in `b`
     "Mean negative log-likelihood and its gradients."
@@ -81,15 +80,15 @@ def logistic_loss(
     error = (logistic(z) - y) / len(y)
     return np.mean(np.logaddexp(0, z) - y*z) + l2/2*(w @ w), error @ x + l2*w, error.sum()
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #3fa45d0b
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #fbcaec1f
 def _check_lr(lr):
     "Refuse a learning rate that cannot go downhill."
     if not 0 < lr < math.inf: raise ValueError(f'lr must be positive and finite, got lr={lr}')
 
 
 def fit_logistic(
-    x:ArrayLike, # points `(n, dim)`
-    y:ArrayLike, # labels `(n,)`, each 0 or 1
+    x:np.ndarray, # points `(n, dim)`
+    y:np.ndarray, # labels `(n,)`, each 0 or 1
     *,
     lr:float, # size of a step, positive
     n_epochs:int, # steps, each with all points
@@ -105,10 +104,10 @@ def fit_logistic(
         losses.append(loss)
     return w, b, losses
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #86d6a6ca
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #0c2e6323
 def softmax_loss(
     logits:np.ndarray, # scores `(batch, n_classes)`
-    y:ArrayLike, # classes `(batch,)`, integers from 0 to `n_classes - 1`
+    y:np.ndarray, # classes `(batch,)`, integers from 0 to `n_classes - 1`
 )->tuple: # the mean loss, and its gradient in `logits` `(batch, n_classes)`
     "Negative log-likelihood of the right classes, and its gradient: `torch.nn.functional.cross_entropy`."
     logits, y = _check_points(logits, y)
@@ -245,7 +244,7 @@ exercise('foundations.perceptron.separable', 'b', choices=('a', 'b', 'c'), mista
     'u x + v (1 - 2x) + b is again of the form w x + b': 'c'},
     hint='Draw the three points in the plane of the two features.')
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #c701b5e2
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #ff04e968
 def _xor_weights():
     "w1, b1, w2, b2 of a network with two ReLU units that computes XOR."
     return np.ones((2, 2)), np.array([0.0, -1.0]), np.array([[1.0, -2.0]]), np.array([-0.5])
@@ -254,13 +253,13 @@ def _xor_weights():
 def _xor_signs(answer, x):
     "What a network with these weights says about points."
     if (found := answer()) is None: raise NotImplementedError
-    w1, b1, w2, b2 = map(np.asarray, found)
+    w1, b1, w2, b2 = (np.reshape(v, shape) for v, shape in zip(found, [(2, 2), 2, (1, 2), 1], strict=True))
     return np.sign(np.maximum(x @ w1.T + b1, 0) @ w2.T + b2)[:, 0]
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #5a281efa
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #3fabb0ca
 exercise('foundations.perceptron.xor_weights', _xor_weights, use=_xor_signs, cases=lambda rng: [
-    (np.array([[0.0, 0], [0, 1], [1, 0], [1, 1]]) + rng.uniform(-noise, noise, (4, 2)),)
-    for noise in (0, 0.05, 0.1, 0.1)],
+    (np.array([[0.0, 0], [0, 1], [1, 0], [1, 1]]) + off,)
+    for off in ([0, 0], [0.1, 0.1], [0.1, -0.1], [-0.1, 0.1], [-0.1, -0.1])],
     mistakes={
         'this is OR: nothing takes the score back when both bits are 1':
             lambda: (np.ones((2, 2)), np.array([0.0, -1.0]), np.array([[1.0, 0.0]]), np.array([-0.5])),
@@ -290,15 +289,19 @@ def _averaged_over_mistakes(x, y, n_epochs):
             kept.append((w, b))
     return np.mean([w for w, _ in kept], axis=0), np.mean([b for _, b in kept])
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #32960e3f
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #1c06ac9c
 exercise('foundations.perceptron.averaged_perceptron', _averaged_perceptron, cases=lambda rng: [
     (rng.normal(size=(n, dim)), rng.choice([-1, 1], n), n_epochs)
     for n, dim, n_epochs in [(7, 2, 1), (11, 3, 2), (13, 5, 3)]],
     mistakes={
         'these are the last weights, not their average':
-            lambda x, y, n_epochs: (fit_perceptron(x, y, n_epochs=n_epochs)[:2]),
+            lambda x, y, n: fit_perceptron(x, y, n_epochs=n)[:2],
         'only the weights after a mistake were averaged: they must count at every visit':
             _averaged_over_mistakes,
+        '`w += ...` changes the array in place, and every `w` that was recorded with it: write `w = w + ...`':
+            lambda x, y, n: (fit_perceptron(x, y, n_epochs=n)[0], _averaged_perceptron(x, y, n)[1]),
+        'record `w` and `b` after the point was dealt with, not before': lambda x, y, n: tuple(
+            v - last/(n*len(x)) for v, last in zip(_averaged_perceptron(x, y, n), fit_perceptron(x, y, n_epochs=n))),
         'the sum was not divided by the number of visits':
             lambda x, y, n: tuple(v*n*len(x) for v in _averaged_perceptron(x, y, n))},
     hint='Keep two sums beside w and b, and add to them once for every point visited.')
@@ -309,7 +312,7 @@ def _margin_gradient(w, b, x, y, l2):
     error = -y*logistic(-y*(x @ w + b)) / len(y)
     return error @ x + l2*w, error.sum()
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #18d52dae
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #a455effa
 exercise('foundations.perceptron.margin_gradient', _margin_gradient, cases=lambda rng: [
     (rng.normal(size=dim), float(rng.normal()), rng.normal(size=(n, dim)), rng.choice([-1, 1], n), l2)
     for n, dim, l2 in [(5, 2, 0.0), (7, 3, 0.3), (11, 5, 1.7)]],
@@ -321,6 +324,9 @@ exercise('foundations.perceptron.margin_gradient', _margin_gradient, cases=lambd
         'the loss is a mean: divide by the number of points':
             lambda w, b, x, y, l2: (len(y)*_margin_gradient(w, b, x, y, 0)[0] + l2*w,
                                     len(y)*_margin_gradient(w, b, x, y, 0)[1]),
+        'this is minus the gradient': lambda *case: tuple(-v for v in _margin_gradient(*case)),
+        'a point that is right must weigh little: the slope of log(1 + exp(-yz)) holds the logistic of -yz, not of yz':
+            lambda w, b, x, y, l2: _margin_gradient(-w, -b, x, y, -l2),
         'the penalty is missing': lambda w, b, x, y, l2: _margin_gradient(w, b, x, y, 0)},
     hint='First the derivative in z of one term; then the chain rule through z = w x + b.')
 

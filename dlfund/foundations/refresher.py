@@ -32,12 +32,14 @@ exercise('foundations.refresher.project', _project, cases=lambda rng: [
 # %% ../../nbs/01_foundations/00_refresher.ipynb #d54a6c57
 _steps = math.ceil(math.log(1000) / math.log((100 + 1) / (100 - 1)))
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #c1396bbf
+# %% ../../nbs/01_foundations/00_refresher.ipynb #58306fe4
 exercise('foundations.refresher.steps', _steps, mistakes={
     'this belongs to the learning rate 1/λ_max, which shrinks the flat direction only by 1 - 1/κ':
         math.ceil(math.log(1000) / -math.log(1 - 1/100)),
     'the square root of κ appears with momentum, not here': math.ceil(math.log(1000) / math.log((10 + 1) / (10 - 1))),
-    'after κ steps the error is about e² times smaller, not a thousand times': 100},
+    'after κ steps the error is about e² times smaller, not a thousand times': 100,
+    'rounded down: the error is still a little above a thousandth':
+        math.floor(math.log(1000) / math.log((100 + 1) / (100 - 1)))},
     hint='The factor of one step, to the power of the number of steps, must be 1/1000 or less.')
 
 # %% ../../nbs/01_foundations/00_refresher.ipynb #857b18a2
@@ -46,14 +48,21 @@ def _variance(x):
     centred = x - x.mean()
     return (centred * centred).mean()
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #6c312be4
-exercise('foundations.refresher.variance', _variance, rtol=1e-3, cases=lambda rng: [
+# %% ../../nbs/01_foundations/00_refresher.ipynb #8f6c6461
+def _in_precision(answer, x):
+    "The answer's variance, and the precision that it comes in."
+    v = answer(x) + np.float32(0)
+    return v, v.dtype.name
+
+
+exercise('foundations.refresher.variance', _variance, use=_in_precision, rtol=1e-3, cases=lambda rng: [
     (rng.normal(size=101).astype(np.float32),), ((100 + rng.normal(size=53)).astype(np.float32),),
     ((10_000 + 2*rng.normal(size=211)).astype(np.float32),)],
     mistakes={
         'the difference of two large means loses all digits in float32': lambda x: (x*x).mean() - x.mean()**2,
         'divide by n, not by n - 1': lambda x: x.var(ddof=1),
-        'this is the standard deviation: the square is missing': lambda x: x.std()},
+        'this is the standard deviation: the square is missing': lambda x: x.std(),
+        'this is right, but in float64: stay in the precision of x': lambda x: x.astype(np.float64).var()},
     hint='Make the numbers small before you square them.')
 
 # %% ../../nbs/01_foundations/00_refresher.ipynb #bb4b9fbd
@@ -63,7 +72,7 @@ def _posterior(prior, table, seen):
     p = np.exp(log - log.max())
     return p / p.sum()
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #54f3e699
+# %% ../../nbs/01_foundations/00_refresher.ipynb #83d45ed5
 def _evidence(rng, n_classes, n_values, n_seen):
     "A prior, a table and observations."
     prior, table = rng.dirichlet(np.ones(n_classes)), rng.dirichlet(5*np.ones(n_values), size=n_classes)
@@ -74,9 +83,11 @@ exercise('foundations.refresher.posterior', _posterior, cases=lambda rng: [
     _evidence(rng, 2, 3, 1), _evidence(rng, 5, 7, 4), _evidence(rng, 3, 2, 5000)],
     mistakes={
         'the prior is missing': lambda prior, table, seen: _posterior(np.ones_like(prior), table, seen),
-        'the products underflow to 0 for many observations: add logarithms':
+        'with many observations everything underflows to 0: add logarithms, and subtract the largest before exp':
             lambda prior, table, seen: (p := prior * table[:, seen].prod(1)) / p.sum(),
-        'the probabilities must sum to 1': lambda prior, table, seen: prior * table[:, seen].prod(1)},
+        'the probabilities must sum to 1': lambda prior, table, seen: prior * table[:, seen].prod(1),
+        'these are log-scores: take exp and make them sum to 1':
+            lambda prior, table, seen: np.log(prior) + np.log(table[:, seen]).sum(1)},
     hint='Turn products into sums, and think of the softmax.')
 
 # %% ../../nbs/01_foundations/00_refresher.ipynb #e47497ce
@@ -84,8 +95,8 @@ def _kl_gaussians(mu0, sigma0, mu1, sigma1):
     "Divergence of the first Gaussian from the second, in nats."
     return np.log(sigma1/sigma0) + (sigma0**2 + (mu0 - mu1)**2) / (2*sigma1**2) - 0.5
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #0bb69212
-exercise('foundations.refresher.kl', _kl_gaussians, cases=lambda rng: [
+# %% ../../nbs/01_foundations/00_refresher.ipynb #1afcc752
+exercise('foundations.refresher.kl_gaussians', _kl_gaussians, cases=lambda rng: [
     (rng.normal(size=n), rng.uniform(0.3, 2, size=n), rng.normal(size=n), rng.uniform(0.3, 2, size=n))
     for n in (1, 3, 7)],
     mistakes={
@@ -108,7 +119,7 @@ def _perplexity(logits, targets, keep):
     "The number of equally likely tokens that would be as surprising."
     return np.exp(_surprises(logits, targets)[keep].mean())
 
-# %% ../../nbs/01_foundations/00_refresher.ipynb #3bfd5eb9
+# %% ../../nbs/01_foundations/00_refresher.ipynb #219b46c5
 def _sentences(rng, b, t, v, scale):
     "Logits, targets, and which of them are no padding."
     logits, targets = scale*rng.normal(size=(b, t, v)), rng.integers(v, size=(b, t))
@@ -116,21 +127,13 @@ def _sentences(rng, b, t, v, scale):
 
 
 exercise('foundations.refresher.perplexity', _perplexity, cases=lambda rng: [
-    _sentences(rng, 2, 5, 7, 1), _sentences(rng, 3, 11, 5, 2), _sentences(rng, 5, 7, 3, 800)],
+    _sentences(rng, 2, 5, 7, 1), _sentences(rng, 3, 11, 5, 2), _sentences(rng, 5, 7, 3, 500)],
     mistakes={
         'the padding counts too': lambda z, y, keep: _perplexity(z, y, np.ones_like(keep)),
+        'large logits overflow: subtract the largest of each row before exp':
+            lambda z, y, keep: np.exp(-np.log(np.take_along_axis(
+                np.exp(z)/np.exp(z).sum(-1, keepdims=True), y[..., None], -1))[keep].mean()),
         'take the mean before the exponential': lambda z, y, keep: np.exp(_surprises(z, y)[keep]).mean(),
         'each sentence has the same weight here, so tokens of short ones count more':
             lambda z, y, keep: np.exp(((_surprises(z, y)*keep).sum(1) / keep.sum(1)).mean())},
     hint='One mean over all kept tokens, and exp at the very end.')
-
-# %% ../../nbs/01_foundations/00_refresher.ipynb #f4e95921
-_pictures = 0.9 * (1 - 0.9) / 0.001**2
-
-# %% ../../nbs/01_foundations/00_refresher.ipynb #31783bed
-exercise('foundations.refresher.pictures', _pictures, mistakes={
-    'the variance of one answer is p(1 - p), not 1': 1 / 0.001**2,
-    'the standard error falls with the square root of n, so the ratio must be squared':
-        math.sqrt(0.9 * (1 - 0.9)) / 0.001,
-    'that many are needed for two standard errors of 0.001': 4 * 0.9 * (1 - 0.9) / 0.001**2},
-    hint='An accuracy is a mean of zeros and ones. What is the variance of one of them?')

@@ -6,19 +6,18 @@
 __all__ = ['bias_variance', 'ridge', 'EarlyStopping', 'dropout', 'random_shift', 'random_flip', 'smooth_labels', 'mixup',
            'ensemble', 'reliability', 'expected_calibration_error', 'fit_temperature']
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #1f73813f
+# %% ../../nbs/01_foundations/07_regularization.ipynb #226250fe
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ..exercises import exercise
 from .autograd import Tensor, record
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #b61cbe4a
+# %% ../../nbs/01_foundations/07_regularization.ipynb #d2fb5423
 def bias_variance(
     predictions:np.ndarray, # predictions of models fitted to different training sets, `(n_sets, n_points)`
     truth:np.ndarray, # the noiseless value at each point, `(n_points,)`
 )->tuple[float, float]: # squared bias and variance, averaged over the points
-    "Split the squared error of a method into bias and variance: Geman et al. 1992, <https://doi.org/10.1162/neco.1992.4.1.1>."
+    "Squared bias and variance of a method: Geman et al. 1992, <https://doi.org/10.1162/neco.1992.4.1.1>."
     predictions, truth = np.asarray(predictions), np.asarray(truth)
     if predictions.ndim != 2 or truth.shape != predictions.shape[1:]:
         raise ValueError('predictions must be (n_sets, n_points) and truth (n_points,), '
@@ -26,20 +25,20 @@ def bias_variance(
     average = predictions.mean(axis=0) # (points,)
     return float(((average - truth)**2).mean()), float(((predictions - average)**2).mean())
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #722b4212
+# %% ../../nbs/01_foundations/07_regularization.ipynb #d3639aee
 def ridge(
     x:np.ndarray, # inputs `(n, d)`; more features than examples are welcome
     y:np.ndarray, # targets `(n,)` or `(n, n_outputs)`
     weight_decay:float, # penalty on the squared norm, at least 0; at 0 the solution of smallest norm
 )->np.ndarray: # weights `(d,)` or `(d, n_outputs)`
-    "Least squares with an L2 penalty: Hoerl and Kennard 1970, eq. 2.1, <https://doi.org/10.1080/00401706.1970.10488634>."
+    "L2-penalised least squares: Hoerl and Kennard 1970, eq. 2.1, <https://doi.org/10.1080/00401706.1970.10488634>."
     if not weight_decay >= 0: raise ValueError(f'weight_decay must be at least 0, got weight_decay={weight_decay}')
     u, s, vt = np.linalg.svd(x, full_matrices=False)
     if weight_decay == 0: factor = np.where(s > s[0]*max(x.shape)*np.finfo(s.dtype).eps, 1/np.maximum(s, 1e-300), 0)
     else: factor = s / (s**2 + weight_decay)
     return vt.T @ ((u.T @ y).T * factor).T
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #5ea2ae86
+# %% ../../nbs/01_foundations/07_regularization.ipynb #15a02cbd
 class EarlyStopping:
     "Say when a metric has stopped improving: Prechelt 1998, <https://doi.org/10.1007/3-540-49430-8_3>."
     def __init__(self,
@@ -54,27 +53,27 @@ class EarlyStopping:
         metric:float, # of the epoch that just ended; lower is better
     )->bool: # whether to stop
         "Take note of one epoch; `best` and `best_epoch` are remembered, `n_bad` counts epochs since."
-        if metric != metric: raise ValueError(f'the metric must be a number, got metric={metric}: training has diverged')
+        if metric != metric: raise ValueError(f'metric must be a number, got metric={metric}: training has diverged')
         self.epoch += 1
         if metric < self.best - self.min_delta: self.best, self.best_epoch, self.n_bad = metric, self.epoch, 0
         else: self.n_bad += 1
         return self.n_bad >= self.patience
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #3e06b03f
+# %% ../../nbs/01_foundations/07_regularization.ipynb #f2cb637b
 def dropout(
     x:Tensor, # activations, of any shape
     p:float=0.5, # probability that a number is zeroed, at least 0 and below 1
     training:bool=True, # `False` for evaluation: `x` comes back as it is
     generator:np.random.Generator|None=None, # draws the mask; needed in training
 )->Tensor: # of the shape of `x`, with the same mean
-    "Zero numbers at random and scale up the rest: Srivastava et al. 2014, sec. 10, <https://jmlr.org/papers/v15/srivastava14a.html>."
+    "Zero at random, scale up the rest: Srivastava et al. 2014, <https://jmlr.org/papers/v15/srivastava14a.html>."
     if not 0 <= p < 1: raise ValueError(f'p must be at least 0 and below 1, got p={p}')
     if not training or p == 0: return x
     if generator is None: raise ValueError('dropout in training draws a mask and needs a generator, got generator=None')
     scale = (generator.random(x.shape, dtype=np.float32) >= p) * x.dtype.type(1/(1 - p))
     return record(x.data * scale, 'dropout', (x, lambda g: g * scale))
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #a581531a
+# %% ../../nbs/01_foundations/07_regularization.ipynb #abee0016
 def random_shift(
     images:np.ndarray, # pictures `(n, height, width)` or `(n, height, width, channels)`, background 0
     pixels:int, # largest shift in each direction, at least 0 and less than height and width
@@ -83,7 +82,8 @@ def random_shift(
     "Move every picture by its own random number of pixels; nothing wraps around."
     n, height, width = images.shape[:3]
     if not 0 <= pixels < min(height, width):
-        raise ValueError(f'pixels must be at least 0 and less than height and width, got pixels={pixels} for {images.shape}')
+        raise ValueError('pixels must be at least 0 and less than height and width, '
+                         f'got pixels={pixels} for {images.shape}')
     padded = np.pad(images, ((0, 0), (pixels, pixels), (pixels, pixels)) + ((0, 0),)*(images.ndim - 3))
     start = generator.integers(0, 2*pixels + 1, size=(2, n, 1)) # where each picture's window begins
     rows, columns = start[0] + np.arange(height), start[1] + np.arange(width) # (n, h), (n, w)
@@ -100,7 +100,31 @@ def random_flip(
     mirrored = generator.random(len(images)) < p
     return np.where(mirrored.reshape(-1, *[1]*(images.ndim - 1)), images[:, :, ::-1], images)
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #b5f01762
+# %% ../../nbs/01_foundations/07_regularization.ipynb #19d6cdbf
+def _checked_labels(
+    y:np.ndarray, # classes
+    n_classes:int, # number of classes
+)->np.ndarray: # the same, as an array
+    "Refuse labels that are no classes."
+    y = np.asarray(y)
+    if y.dtype.kind not in 'iu': raise ValueError(f'labels must be integers, got dtype={y.dtype}')
+    if y.size and not (0 <= y.min() and y.max() < n_classes):
+        raise ValueError(f'labels must be from 0 to {n_classes - 1}, got {y.min()} to {y.max()}')
+    return y
+
+
+def _checked_probs(
+    probs:np.ndarray, # should be probabilities `(n, n_classes)`
+)->np.ndarray: # the same, as an array
+    "Refuse rows that are no distributions."
+    probs = np.asarray(probs)
+    if probs.ndim != 2: raise ValueError(f'probs must be (n, n_classes), got shape {probs.shape}')
+    if not (probs >= 0).all(): raise ValueError(f'probabilities must be at least 0, got {probs.min()}')
+    if (off := np.abs(probs.sum(axis=1) - 1)).size and off.max() > 1e-3:
+        raise ValueError(f'probabilities must sum to 1, got {probs[off.argmax()].sum():.4g} in row {off.argmax()}')
+    return probs
+
+# %% ../../nbs/01_foundations/07_regularization.ipynb #8e50cf56
 def smooth_labels(
     y:np.ndarray, # classes `(n,)`, integers from 0
     n_classes:int, # number of classes
@@ -125,39 +149,15 @@ def mixup(
     mix = lambda a, share: share*a + (1 - share)*a[partner]
     return mix(x, share.reshape(-1, *[1]*(x.ndim - 1))), mix(y_onehot, share[:, None])
 
-
-def _checked_labels(
-    y:np.ndarray, # classes
-    n_classes:int, # number of classes
-)->np.ndarray: # the same, as an array
-    "Refuse labels that are no classes."
-    y = np.asarray(y)
-    if y.dtype.kind not in 'iu': raise ValueError(f'labels must be integers, got dtype={y.dtype}')
-    if y.size and not (0 <= y.min() and y.max() < n_classes):
-        raise ValueError(f'labels must be from 0 to {n_classes - 1}, got {y.min()} to {y.max()}')
-    return y
-
-# %% ../../nbs/01_foundations/07_regularization.ipynb #d8ef120c
+# %% ../../nbs/01_foundations/07_regularization.ipynb #293b5b57
 def ensemble(
     probs:np.ndarray, # predicted probabilities of the members, `(n_members, n, n_classes)`
 )->np.ndarray: # their mean, `(n, n_classes)`
-    "Average the predictions of several models: Lakshminarayanan et al. 2017, sec. 2.4, <https://arxiv.org/abs/1612.01474>."
+    "Average what several models predict: Lakshminarayanan et al. 2017, <https://arxiv.org/abs/1612.01474>."
     probs = np.asarray(probs)
-    if probs.ndim != 3: raise ValueError(f'probs must be (n_members, n, n_classes), got shape {probs.shape}')
+    if probs.ndim != 3 or not len(probs): raise ValueError(f'probs must be (members, n, n_classes), got {probs.shape}')
     for member in probs: _checked_probs(member)
     return probs.mean(axis=0)
-
-
-def _checked_probs(
-    probs:np.ndarray, # should be probabilities `(n, n_classes)`
-)->np.ndarray: # the same, as an array
-    "Refuse rows that are no distributions."
-    probs = np.asarray(probs)
-    if probs.ndim != 2: raise ValueError(f'probs must be (n, n_classes), got shape {probs.shape}')
-    if not (probs >= 0).all(): raise ValueError(f'probabilities must be at least 0, got {probs.min()}')
-    if (off := np.abs(probs.sum(axis=1) - 1)).size and off.max() > 1e-3:
-        raise ValueError(f'probabilities must sum to 1, got {probs[off.argmax()].sum():.4g} in row {off.argmax()}')
-    return probs
 
 # %% ../../nbs/01_foundations/07_regularization.ipynb #fa88c89f
 def reliability(
@@ -185,14 +185,15 @@ def expected_calibration_error(
     confidence, accuracy, count = reliability(probs, y, n_bins)
     return float(np.nansum(np.abs(accuracy - confidence) * count) / count.sum())
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #ab02a0f2
+# %% ../../nbs/01_foundations/07_regularization.ipynb #d14b58fc
 def fit_temperature(
     logits:np.ndarray, # of held-out examples, `(n, n_classes)`; not those trained on
     y:np.ndarray, # their classes `(n,)`
 )->float: # temperature, to divide logits by; above 1 if the model was too sure
-    "Fit one number to held-out logits, by Newton's method: Guo et al. 2017, sec. 4.2, <https://arxiv.org/abs/1706.04599>."
+    "Fit one number to held-out logits, by Newton's method: Guo et al. 2017, <https://arxiv.org/abs/1706.04599>."
     z = np.asarray(logits, dtype=np.float64)
     z = z - z.max(axis=1, keepdims=True)
+    if len(z) != len(y): raise ValueError(f'logits and y must be as many, got {len(z)} and {len(y)}')
     right = z[np.arange(len(z)), _checked_labels(y, z.shape[1])]
     def slopes(beta): # first and second derivative of the loss
         p = np.exp(beta*z) / np.exp(beta*z).sum(axis=1, keepdims=True) # (n, n_classes)
@@ -202,13 +203,12 @@ def fit_temperature(
     if not slopes(low)[0] < 0 < slopes(high)[0]:
         raise ValueError('logits must favour the right class, but not always, for a temperature between 0.001 and 1000 '
                          f'to exist, got accuracy {(right == 0).mean():.3f}')
-    while high/low - 1 > 1e-9:
+    while True:
         slope, curvature = slopes(beta)
         low, high = (low, beta) if slope > 0 else (beta, high)
         newton = beta - slope/max(curvature, 1e-300)
-        if newton == beta: break
+        if abs(newton/beta - 1) < 1e-12 or high/low < 1 + 1e-12: return 1/beta
         beta = newton if low < newton < high else (low*high)**0.5
-    return 1/beta
 
 # %% ../../nbs/01_foundations/07_regularization.ipynb #6de30c2e
 def _effective_parameters(x, weight_decay):
@@ -216,9 +216,10 @@ def _effective_parameters(x, weight_decay):
     s = np.linalg.svd(x, compute_uv=False)
     return (s**2 / (s**2 + weight_decay)).sum()
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #9cd42cfb
+# %% ../../nbs/01_foundations/07_regularization.ipynb #f0df6dfb
 exercise('foundations.regularization.effective_parameters', _effective_parameters, cases=lambda rng: [
-    (rng.normal(size=(11, 3)), 0.5), (rng.normal(size=(3, 7)), 2.0), (rng.normal(size=(13, 5)) * [10, 3, 1, 0.3, 0.1], 1.0)],
+    (rng.normal(size=(11, 3)), 0.5), (rng.normal(size=(3, 7)), 2.0),
+    (rng.normal(size=(13, 5)) * [10, 3, 1, 0.3, 0.1], 1.0)],
     mistakes={
         'a factor is s²/(s² + weight_decay): the singular values were not squared':
             lambda x, a: (lambda s: (s / (s + a)).sum())(np.linalg.svd(x, compute_uv=False)),
