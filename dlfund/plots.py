@@ -65,7 +65,7 @@ def show_images(
         if titles is not None: ax.set_title(titles[i], fontsize=8)
     return fig
 
-# %% ../nbs/00_shared/01_plots.ipynb #f45d31b5
+# %% ../nbs/00_shared/01_plots.ipynb #f15b91d1
 def to_pixels(
     values:np.ndarray, # data, any shape
     limits:tuple, # the data at both ends of the axis
@@ -75,7 +75,7 @@ def to_pixels(
     "Map data to pixels along one axis."
     f = np.log10 if log else np.asarray
     (low, high), (p0, p1) = f(limits), ends
-    with np.errstate(all='ignore'): pixels = p0 + (p1 - p0) * (f(values) - low) / (high - low)
+    with np.errstate(all='ignore'): pixels = p0 + (p1 - p0) * (f(np.asarray(values, float)) - low) / (high - low)
     return np.round(np.clip(np.nan_to_num(pixels, nan=1e4), -1e4, 1e4), 1)
 
 
@@ -188,7 +188,7 @@ def _span(
     air = 0.04 * (high - low) or 1.0
     return low - air, high + air
 
-# %% ../nbs/00_shared/01_plots.ipynb #eeed2ce6
+# %% ../nbs/00_shared/01_plots.ipynb #c748b1d9
 def explore(
     curves:dict, # label: y `(n_values, n)`, or `(x, y)` with x `(n,)` or `(n_values, n)`
     values:list, # what the slider can be set to, `n_values` numbers or words
@@ -211,13 +211,11 @@ def explore(
     if bare and still: raise ValueError(f'beside dots or background, curves must be (x, y), got only y for {bare}')
     drawn = [*pairs.values(), *still]
     xlim, ylim = xlim or _span([x for x, _ in drawn], xlog), ylim or _span([y for _, y in drawn], ylog)
-    def place(x, y): # data to pixels
-        return (to_pixels(np.asarray(x, float), xlim, (LEFT, RIGHT), xlog),
-                to_pixels(np.asarray(y, float), ylim, (BOTTOM, TOP), ylog))
+    def place(x, y): return to_pixels(x, xlim, (LEFT, RIGHT), xlog), to_pixels(y, ylim, (BOTTOM, TOP), ylog)
     paths = [[_path(*row) for row in zip(*place(x, y))] for x, y in pairs.values()]
     fixed = [f'<path d="{_path(*place(x, y))}" stroke="{INK}" stroke-opacity=".65"/>' for x, y in background or []]
-    places = [point for x, y in (dots or {}).values() for point in zip(*place(x, y))]
-    fixed += [f'<circle cx="{a:g}" cy="{b:g}" r="3" fill="{INK}"/>' for a, b in places]
+    fixed += [f'<circle cx="{a:g}" cy="{b:g}" r="3" fill="{INK}"/>'
+              for d in (dots or {}).values() for a, b in zip(*place(*d))]
     frame = _frame(xlim, ylim, xlabel, ylabel, (xlog, ylog))
     return Explorable(_page([*pairs], [*(dots or {})], paths, values, name, alt, start, frame, ''.join(fixed)), alt)
 

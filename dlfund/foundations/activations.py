@@ -240,7 +240,7 @@ def _hard_swish(x):
     gate = np.clip((a + 3) / 6, 0, 1)
     return record(a * gate, 'hard_swish', (x, lambda g: g * (gate + a * (np.abs(a) < 3) / 6), x))
 
-# %% ../../nbs/01_foundations/03_activations.ipynb #a6fb0255
+# %% ../../nbs/01_foundations/03_activations.ipynb #3fe5fbf7
 def _value_and_slope(f, a):
     "How a case is put to an activation function: its values and its gradient."
     t = Tensor(a, requires_grad=True)
@@ -256,7 +256,8 @@ exercise('foundations.activations.hard_swish', _hard_swish, use=_value_and_slope
         'the gradient lacks the second term of the product rule: the gate depends on x too':
             lambda x: record(_hard_swish(x).data, 'wrong', (x, lambda g: g * np.clip((x.data + 3)/6, 0, 1))),
         'outside the corners the gate is constant, and its slope there is 0':
-            lambda x: record(_hard_swish(x).data, 'wrong', (x, lambda g: g * (np.clip((x.data + 3)/6, 0, 1) + x.data/6))),
+            lambda x: record(_hard_swish(x).data, 'wrong',
+                             (x, lambda g: g * (np.clip((x.data + 3)/6, 0, 1) + x.data/6))),
         'the gate must stop at 0 and at 1': lambda x: x * (x + 3.0) / 6.0,
         'this is the gate alone: multiply it by x': lambda x: ((x + 3.0) / 6.0).clamp(0, 1)},
     hint='Call the gate h(x). What is the derivative of x h(x)?')

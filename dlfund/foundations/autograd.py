@@ -929,7 +929,7 @@ def _sum_to(gradient, shape):
     split = [k for size, n in zip(gradient.shape, shape) for k in (size // n, n)]
     return gradient.reshape(split).sum(axis=tuple(range(0, len(split), 2)))
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #5a2aa262
+# %% ../../nbs/01_foundations/02_autograd.ipynb #3db00b25
 def _undo_repeat(gradient, shape):
     "A wrong answer to `sum_to`: neighbours are taken for copies."
     split = [k for size, n in zip(gradient.shape, shape) for k in (n, size // n)]
@@ -943,7 +943,7 @@ exercise('foundations.autograd.sum_to', _sum_to, cases=lambda rng: [
         'the copies are averaged; their adjoints must be added':
             lambda g, shape: _sum_to(g, shape) * np.prod(shape) / g.size,
         'only the first copy is taken': lambda g, shape: g[tuple(slice(n) for n in shape)],
-        'np.tile puts whole copies one after the other; these are sums over neighbours, as for np.repeat': _undo_repeat},
+        'these are sums over neighbours, as for np.repeat; np.tile puts whole copies in a row': _undo_repeat},
     hint='For one dimension: which shape has gradient.reshape(...) if each row is one copy?')
 
 # %% ../../nbs/01_foundations/02_autograd.ipynb #35ae95bb
@@ -977,7 +977,7 @@ def _inverse_vjp(g, a):
     z = np.linalg.inv(a)
     return -z.T @ g @ z.T
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #0963ad7d
+# %% ../../nbs/01_foundations/02_autograd.ipynb #3e460f33
 exercise('foundations.autograd.inverse_vjp', _inverse_vjp, cases=lambda rng: [
     (rng.normal(size=(n, n)), rng.normal(size=(n, n)) + 3*np.eye(n)) for n in (1, 3, 5)],
     mistakes={
@@ -986,7 +986,7 @@ exercise('foundations.autograd.inverse_vjp', _inverse_vjp, cases=lambda rng: [
             lambda g, a: -np.linalg.inv(a) @ g @ np.linalg.inv(a),
         'matrices do not commute: the upstream gradient stands in the middle':
             lambda g, a: -np.linalg.inv(a).T @ np.linalg.inv(a).T @ g},
-    hint='The product rule for A Z = I gives dZ; then move each Z across the brackets, as B in the derivation of the product.')
+    hint='The product rule for A Z = I gives dZ; then move each Z across, as B in the derivation of the product.')
 
 # %% ../../nbs/01_foundations/02_autograd.ipynb #3559447b
 class _Dual:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Parameter', 'Buffer', 'named_parts', 'Module', 'linear', 'Linear', 'save_weights', 'load_weights', 'relu_', 'ReLU',
-           'Flatten', 'GELU', 'Tanh', 'Dropout', 'BatchNorm1d', 'LayerNorm', 'Sequential', 'mlp', 'batches', 'accuracy',
+           'GELU', 'Tanh', 'Flatten', 'Dropout', 'BatchNorm1d', 'LayerNorm', 'Sequential', 'mlp', 'batches', 'accuracy',
            'fit']
 
 # %% ../../nbs/01_foundations/08_engine.ipynb #9c520236
@@ -25,7 +25,7 @@ from .normalization import batch_norm, layer_norm
 from .optimizers import SGD
 from .regularization import dropout
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #8bf3aa3e
+# %% ../../nbs/01_foundations/08_engine.ipynb #9ff6de6b
 class Parameter(Tensor):
     "A tensor that training changes, and that `Module` finds: `torch.nn.Parameter`."
     __slots__ = ()
@@ -42,23 +42,31 @@ class Buffer(Tensor):
 def named_parts(
     whole:object, # a module, or a list, tuple or dictionary that holds some
     prefix:str='', # path of `whole`, with a dot at its end
+    above:tuple=(), # what was passed on the way down to `whole`
 )->Iterator[tuple]: # path and parameter, buffer or module
     "Walk over everything that hangs on a module: its own parameters first, then its buffers, then what lies deeper."
-    if isinstance(whole, (list, tuple)): whole = dict(enumerate(whole))
+    if any(whole is a for a in above):
+        raise ValueError(f'a module must not contain itself, got it again at {prefix[:-1]!r}')
     parts = vars(whole) if isinstance(whole, Module) else whole
+    if isinstance(parts, (list, tuple)): parts = dict(enumerate(parts))
     if not isinstance(parts, dict): return
     def rank(item): return not isinstance(item[1], Parameter), not isinstance(item[1], Buffer)
     for name, part in sorted(parts.items(), key=rank):
         if isinstance(part, (Parameter, Buffer, Module)): yield f'{prefix}{name}', part
-        if not isinstance(part, Tensor): yield from named_parts(part, f'{prefix}{name}.')
+        if not isinstance(part, Tensor): yield from named_parts(part, f'{prefix}{name}.', (*above, whole))
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #2a632683
+# %% ../../nbs/01_foundations/08_engine.ipynb #3ef72c5b
 class Module:
     "A function that carries its numbers with it: `torch.nn.Module`, without registers."
     training = True # dropout and batch normalization ask for it
-    def forward(self, *args):
+    def forward(self, *args:Tensor, # inputs
+    )->Tensor: # output
+        "Compute the output; each module has its own way."
         raise NotImplementedError(f'a module needs a forward method, got none in {type(self).__name__}')
-    def __call__(self, *args, **kwargs): return self.forward(*args, **kwargs)
+    def __call__(self, *args:Tensor, # inputs, as `forward` takes them
+    )->Tensor: # output
+        "Apply the module."
+        return self.forward(*args)
     def named_parameters(self)->Iterator[tuple]: # path and parameter, each parameter once
         "Find what is trained."
         seen = set()
@@ -70,18 +78,29 @@ class Module:
     def named_buffers(self)->Iterator[tuple]: # path and buffer
         "Find what is state but not trained."
         return ((name, b) for name, b in named_parts(self) if isinstance(b, Buffer))
-    def train(self, mode:bool=True)->'Module': # the module itself
-        "Set the mode of the module and of everything in it."
-        for module in [self, *(m for _, m in named_parts(self) if isinstance(m, Module))]: module.training = mode
-        return self
-    def eval(self)->'Module': # the module itself
-        "Set the mode for evaluation."
-        return self.train(False)
+    def modules(self)->list: # the module itself first
+        "List all modules of the tree."
+        return [self, *(m for _, m in named_parts(self) if isinstance(m, Module))]
     def zero_grad(self)->None:
         "Forget all gradients."
         for p in self.parameters(): p.grad = None
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #6d9d6125
+# %% ../../nbs/01_foundations/08_engine.ipynb #13f1fa9e
+@patch
+def train(self:Module,
+    mode:bool=True, # `False` for evaluation
+)->Module: # the module itself
+    "Set the mode of the module and of everything in it."
+    for module in self.modules(): module.training = mode
+    return self
+
+
+@patch
+def eval(self:Module)->Module: # the module itself
+    "Set the mode for evaluation."
+    return self.train(False)
+
+
 @patch
 def __repr__(self:Module)->str: # class, paths and shapes
     "Show a module and its parameters."
@@ -172,26 +191,59 @@ def load_weights(
     "Read all parameters and buffers from a file, strictly."
     model.load_state_dict(load_file(file))
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #1bfa0b0f
+# %% ../../nbs/01_foundations/08_engine.ipynb #090e27f0
+class _Overwritten(Tensor):
+    "What `relu_` leaves of its input: the way back to earlier operations, and nothing to compute with."
+    __slots__ = ()
+    @property
+    def requires_grad(self): # every recorded operation asks for it
+        raise ValueError(f'a tensor that relu_ has overwritten must not be used, got one of shape {self.shape}: '
+                         'use what relu_ returned')
+
+
 def relu_(
     x:Tensor, # the result of an operation whose gradient does not read it, such as `linear`
 )->Tensor: # in the memory of `x`
     "Overwrite `x` by its positive part, `torch.nn.functional.relu_`."
     if x.is_leaf and x.requires_grad:
         raise ValueError(f'relu_ must not overwrite a leaf that requires a gradient, got one of shape {x.shape}')
-    out = np.maximum(x._array, 0, out=x._array)[...]
+    out = np.maximum(x._array, 0, out=x._array)
     x._version[0] += 1 # whoever needs the old values for a gradient will say so in backward()
-    return record(out, 'relu', (x, lambda g: g * (out > 0)), keeps_output=True, shares=x)
+    y = record(out, 'relu', (x, lambda g: g * (out > 0)), keeps_output=True, shares=x)
+    if y.requires_grad: x.__class__ = _Overwritten
+    return y
 
-
+# %% ../../nbs/01_foundations/08_engine.ipynb #a1da12ae
 class ReLU(Module):
     "Cut off below zero, `torch.nn.ReLU`."
     def __init__(self,
         inplace:bool=False, # overwrite the input
     ): self.inplace = inplace
-    def forward(self, x:Tensor)->Tensor: return relu_(x) if self.inplace else relu(x)
+    def forward(self,
+        x:Tensor, # any shape
+    )->Tensor: # the same shape
+        "Cut off below zero."
+        return relu_(x) if self.inplace else relu(x)
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #2afb4272
+
+class GELU(Module):
+    "A smooth ReLU, `torch.nn.GELU`."
+    def forward(self,
+        x:Tensor, # any shape
+    )->Tensor: # the same shape
+        "Apply `gelu`."
+        return gelu(x)
+
+# %% ../../nbs/01_foundations/08_engine.ipynb #68a081d3
+class Tanh(Module):
+    "Squeeze between -1 and 1, `torch.nn.Tanh`."
+    def forward(self,
+        x:Tensor, # any shape
+    )->Tensor: # the same shape
+        "Apply `tanh`."
+        return tanh(x)
+
+
 class Flatten(Module):
     "Make one row of numbers of each example, `torch.nn.Flatten`."
     def forward(self,
@@ -201,25 +253,19 @@ class Flatten(Module):
         return x.flatten(1)
 
 
-class GELU(Module):
-    "A smooth ReLU, `torch.nn.GELU`."
-    def forward(self, x:Tensor)->Tensor: return gelu(x)
-
-
-class Tanh(Module):
-    "Squeeze between -1 and 1, `torch.nn.Tanh`."
-    def forward(self, x:Tensor)->Tensor: return tanh(x)
-
-# %% ../../nbs/01_foundations/08_engine.ipynb #40a5874c
 class Dropout(Module):
     "Switch off inputs at random while training, `torch.nn.Dropout`."
     def __init__(self,
         p:float, # probability of being switched off, 0 to 1
         generator:np.random.Generator, # rolls the dice
     ): self.p, self.generator = p, generator
-    def forward(self, x:Tensor)->Tensor: return dropout(x, self.p, self.training, self.generator)
+    def forward(self,
+        x:Tensor, # any shape
+    )->Tensor: # the same shape
+        "Switch off in training mode, pass on in evaluation mode."
+        return dropout(x, self.p, self.training, self.generator)
 
-
+# %% ../../nbs/01_foundations/08_engine.ipynb #da95e30d
 class BatchNorm1d(Module):
     "Normalise each feature over the batch, `torch.nn.BatchNorm1d`."
     def __init__(self,
@@ -238,7 +284,7 @@ class BatchNorm1d(Module):
         return batch_norm(x, self.running_mean.data, self.running_var.data, self.weight, self.bias, self.training,
                           self.momentum, self.eps)
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #f4a20844
+# %% ../../nbs/01_foundations/08_engine.ipynb #f75236a5
 class LayerNorm(Module):
     "Normalise each example over its features, `torch.nn.LayerNorm`."
     def __init__(self,
@@ -247,17 +293,23 @@ class LayerNorm(Module):
     ):
         self.weight, self.bias = Parameter(np.ones(n_features, np.float32)), Parameter(np.zeros(n_features, np.float32))
         self.eps = eps
-    def forward(self, x:Tensor)->Tensor: return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+    def forward(self,
+        x:Tensor, # `(..., n_features)`
+    )->Tensor: # the same shape
+        "Normalise each row."
+        return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class Sequential(Module):
-    "Modules one after another, `torch.nn.Sequential`; their paths are their numbers."
+    "Modules one after another, `torch.nn.Sequential`."
     def __init__(self,
         *layers:Module, # first to last
     ):
         for i, layer in enumerate(layers): setattr(self, str(i), layer)
     def __iter__(self): return (part for part in vars(self).values() if isinstance(part, Module))
-    def forward(self, x:Tensor)->Tensor: 
+    def forward(self,
+        x:Tensor, # what the first takes
+    )->Tensor: # what the last makes
         "Pass `x` through all of them."
         for layer in self: x = layer(x)
         return x
@@ -293,18 +345,20 @@ def batches(
     parts = (slice(i, i + bs) if order is None else order[i:i + bs] for i in range(0, len(x), bs))
     return ((Tensor(x[part]), y[part]) for part in parts)
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #192df639
+# %% ../../nbs/01_foundations/08_engine.ipynb #9651ed31
 def accuracy(
     model:Module, # from inputs to logits
     x:np.ndarray, # inputs `(n, ...)`
     y:np.ndarray, # classes `(n,)`
     bs:int=256, # examples in a batch
 )->float: # share of right answers, 0 to 1
-    "Count right answers in evaluation mode, and leave the model in the mode it was in."
-    mode = model.training
+    "Count right answers in evaluation mode, and leave every module in the mode it was in."
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    with no_grad(): right = sum((model(xb).data.argmax(-1) == yb).sum() for xb, yb in batches(x, y, bs))
-    model.train(mode)
+    try:
+        with no_grad(): right = sum((model(xb).data.argmax(-1) == yb).sum() for xb, yb in batches(x, y, bs))
+    finally:
+        for module, mode in modes: module.training = mode
     return float(right / len(x))
 
 # %% ../../nbs/01_foundations/08_engine.ipynb #5c326de1
@@ -334,7 +388,7 @@ def fit(
         accuracies.append(accuracy(model, *valid))
     return losses, accuracies
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #94428ade
+# %% ../../nbs/01_foundations/08_engine.ipynb #0a2edfcb
 class _Residual(Module):
     "The input plus what `layer` makes of it."
     def __init__(self, layer): self.layer = layer
@@ -345,6 +399,7 @@ def _use_residual(answer, layer, x):
     "Output, gradient of the input, and number of parameters found."
     block, x = answer(layer), Tensor(x, requires_grad=True)
     y = block(x)
+    if y is None: return None # there is no answer yet
     (y*y).sum().backward()
     return y.data, x.grad, len(block.parameters())
 
@@ -390,11 +445,11 @@ def _wrongly(weigh, clear=False):
             (cross_entropy(model(xb), yb) * weigh(len(yb), len(y), bs)).backward()
     return accumulate
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #4a69d096
+# %% ../../nbs/01_foundations/08_engine.ipynb #c12e7a94
 exercise('foundations.engine.accumulate', _accumulate, cases=lambda rng: [
     (mlp((3, 5, 4), rng), rng.normal(size=(n, 3)).astype(np.float32), rng.integers(0, 4, n), bs)
     for n, bs in ((7, 3), (12, 5), (5, 8))],
-    use=lambda answer, model, x, y, bs: (answer(model, x, y, bs), [p.grad for p in model.parameters()])[1],
+    use=lambda answer, model, x, y, bs: (answer(model, x, y, bs), [p.grad.copy() for p in model.parameters()])[1],
     mistakes={
         'every chunk counts the same, although the last one is shorter': _wrongly(lambda k, n, bs: 1 / -(-n // bs)),
         'the chunks\' mean losses are added without weights': _wrongly(lambda k, n, bs: 1.0),

@@ -179,7 +179,7 @@ def _check_running(running_mean, running_var, c, training):
         if not isinstance(a, np.ndarray) or a.shape != (c,) or a.dtype.kind != 'f':
             raise ValueError(f'{name} must be a floating-point array of shape ({c},), got {a!r:.40}')
 
-# %% ../../nbs/01_foundations/06_normalization.ipynb #3c62dbcc
+# %% ../../nbs/01_foundations/06_normalization.ipynb #125d84e0
 def _remember(running, value, momentum):
     "Move a running average, in place."
     if running is not None: running += momentum * (value.reshape(running.shape) - running)
@@ -204,7 +204,7 @@ def batch_norm(
         m, r = (a.astype(x.dtype).reshape(shape) for a in (running_mean, running_var))
         return _affine((x - m) * (1 / np.sqrt(r + x.dtype.type(eps))), weight, bias, shape)
     if n < 2: raise ValueError(f'training needs more than one value per channel, got x of shape {x.shape}')
-    if eps == 0: raise ValueError('training needs eps above 0 (a channel may be constant), got eps=0')
+    if eps == 0: raise ValueError(f'training needs eps above 0, since a channel may be constant, got eps={eps}')
     x_hat, mu, var = standardise(x, (0, *range(2, x.ndim)), eps)
     _remember(running_mean, mu, momentum); _remember(running_var, var * (n/(n - 1)), momentum)
     return _affine(x_hat, weight, bias, shape)

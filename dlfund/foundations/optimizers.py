@@ -77,7 +77,7 @@ class Optimizer:
         "Change one parameter: the rule."
         raise NotImplementedError(f'{type(self).__name__} must define update')
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #1b6d0177
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #24dd9c60
 def check_gradient(
     p:Tensor, # a parameter with a gradient
     i:int, # its place in the list, for the error
@@ -87,7 +87,8 @@ def check_gradient(
         raise ValueError('a gradient must have the shape of its parameter, '
                          f'got {np.shape(p.grad)} for params[{i}] of shape {p.shape}')
     flat = np.asarray(p.grad).ravel(order='K')
-    if not math.isfinite(np.dot(flat, flat)) and not np.isfinite(flat).all():
+    with np.errstate(over='ignore', invalid='ignore'): squares = np.dot(flat, flat)
+    if not math.isfinite(squares) and not np.isfinite(flat).all():
         raise ValueError(f'a gradient must be finite, got {(~np.isfinite(flat)).sum()} of {flat.size} numbers '
                          f'NaN or infinite for params[{i}] of shape {p.shape}')
 
@@ -285,7 +286,7 @@ class Lion(Optimizer):
         m *= self.betas[1]
         add_scaled(m, g, 1 - self.betas[1])
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #8b30d18e
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #4cb66fbf
 def orthogonalize(
     g:np.ndarray, # a matrix
     ns_coefficients:tuple=(3.4445, -4.7750, 2.0315), # a, b, c of the polynomial
@@ -301,11 +302,11 @@ def orthogonalize(
         x = a*x + (b*gram + c*(gram @ gram)) @ x
     return x.T if g.shape[0] > g.shape[1] else x
 
-
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #b37cf097
 _ADJUST = dict(original=lambda a, b: math.sqrt(max(1, a / b)), spectral_unclamped=lambda a, b: math.sqrt(a / b),
-               match_rms_adamw=lambda a, b: 0.2*math.sqrt(max(a, b)))
+               match_rms_adamw=lambda a, b: 0.2*math.sqrt(max(a, b))) # factor of `lr` for a shape (a, b)
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #a3dd9c1b
+
 class Muon(Optimizer):
     "Orthogonalised momentum for matrices, `torch.optim.Muon`: Jordan et al. 2024."
     n_slots = 1 # average of gradients
@@ -318,8 +319,8 @@ class Muon(Optimizer):
         ns_steps:int=5, # of Newton-Schulz
         adjust_lr_fn:str='original', # or 'match_rms_adamw', 'spectral_unclamped': factor of `lr` by shape
     ):
-        self.weight_decay = check_number('weight_decay', weight_decay)
-        self.momentum, self.nesterov, self.ns_steps = check_number('momentum', momentum, 1), nesterov, ns_steps
+        self.weight_decay, self.momentum = check_number('weight_decay', weight_decay), check_number('momentum', momentum, 1)
+        self.nesterov, self.ns_steps = nesterov, ns_steps
         if adjust_lr_fn not in _ADJUST: raise ValueError(f'adjust_lr_fn must be in {[*_ADJUST]}, got {adjust_lr_fn=}')
         self.adjust = _ADJUST[adjust_lr_fn]
         super().__init__(params, lr)
@@ -330,9 +331,8 @@ class Muon(Optimizer):
         m *= self.momentum
         add_scaled(m, g, 1 - self.momentum)
         ahead = self.momentum*m + (1 - self.momentum)*g if self.nesterov else m
-        direction = orthogonalize(ahead, ns_steps=self.ns_steps)
         if self.weight_decay: p *= 1 - self.lr*self.weight_decay
-        add_scaled(p, direction, -self.lr*self.adjust(*p.shape))
+        add_scaled(p, orthogonalize(ahead, ns_steps=self.ns_steps), -self.lr*self.adjust(*p.shape))
 
 # %% ../../nbs/01_foundations/05_optimizers.ipynb #f2e5a953
 def step_lr(
@@ -481,12 +481,13 @@ def _sweep(
     if not lrs: raise ValueError(f'the first batch must have a finite loss, got {average=}')
     return np.array(lrs), np.array(losses)
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #fe3570d9
-exercise('foundations.optimizers.effective_step', 0.05/(1 - 0.9), mistakes={
-    'that is the first step only: the velocity adds up': 0.05,
-    'the velocity is a sum here, not an average: the gradient is not multiplied by 1 - momentum': 0.05*(1 - 0.9),
-    'the velocity is 1 + 0.9 + 0.81 + ...: that is more than two terms': 0.05*1.9},
-    hint='What does the velocity tend to, if v = 0.9 v + 1?')
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #76a2777f
+exercise('foundations.optimizers.effective_step', np.array([1, 1])*0.05/(1 - 0.9), mistakes={
+    'those are the first steps only: the velocity adds up': np.array([0.05, 0.095]),
+    'the velocity is a sum here, not an average: the gradient is not multiplied by 1 - momentum': np.array([0.05, 0.05]),
+    'the look-ahead step is g + momentum*velocity, not velocity + momentum*velocity': np.array([0.5, 0.95]),
+    'that is the velocity: the step is the learning rate times it': np.array([10.0, 10.0])},
+    hint='What does the velocity tend to, if v = 0.9 v + 1? Put it into both rules.')
 
 # %% ../../nbs/01_foundations/05_optimizers.ipynb #2d48e181
 def _best_lr(hessian):
@@ -495,11 +496,16 @@ def _best_lr(hessian):
     low, high = eigenvalues[0], eigenvalues[-1]
     return 2 / (low + high), (high - low) / (high + low)
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #440392db
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #7ae99f62
 def _bowl(rng, n, spread):
     "A symmetric positive matrix."
     q = np.linalg.qr(rng.normal(size=(n, n)))[0]
     return q * np.geomspace(1, spread, n) @ q.T
+
+
+def _sqrt_rates(roots):
+    "A mistake: what momentum needs."
+    return (2/(roots[0] + roots[-1]))**2, (roots[-1] - roots[0])/(roots[-1] + roots[0])
 
 
 exercise('foundations.optimizers.best_lr', _best_lr,
@@ -510,7 +516,11 @@ exercise('foundations.optimizers.best_lr', _best_lr,
         'one over the largest curvature never overshoots, but a larger rate is faster':
             lambda h: (1/np.linalg.eigvalsh(h)[-1], 1 - np.linalg.eigvalsh(h)[0]/np.linalg.eigvalsh(h)[-1]),
         'two over the largest curvature is the limit, where the steep axis no longer shrinks':
-            lambda h: (2/np.linalg.eigvalsh(h)[-1], 1.0)},
+            lambda h: (2/np.linalg.eigvalsh(h)[-1], 1.0),
+        'a learning rate is one over a curvature: it depends on the eigenvalues themselves, not on their ratio alone':
+            lambda h: (2/(1 + np.linalg.cond(h)), _best_lr(h)[1]),
+        'that is for momentum: gradient descent has no square roots':
+            lambda h: _sqrt_rates(np.linalg.eigvalsh(h)**0.5)},
     hint='Which two axes are slowest, and when are they equally slow?')
 
 # %% ../../nbs/01_foundations/05_optimizers.ipynb #814678b1
@@ -564,7 +574,7 @@ def _newton_schulz(g, n_steps):
     for _ in range(n_steps): x = 1.5*x - 0.5*(x @ x.T @ x)
     return x
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #a902640e
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #49c3f250
 def _schulz_unscaled(g, n_steps):
     "A mistake: without the division."
     for _ in range(n_steps): g = 1.5*g - 0.5*(g @ g.T @ g)
@@ -583,12 +593,15 @@ exercise('foundations.optimizers.newton_schulz', _newton_schulz,
     mistakes={
         'divide the matrix by its norm first: singular values above the square root of 3 diverge': _schulz_unscaled,
         'that is the cube of every number; the cube of a matrix is a product of three matrices': _schulz_elementwise,
-        'the result of each step must be the input of the next': lambda g, n: _newton_schulz(g, 1)},
+        'the result of each step must be the input of the next': lambda g, n: _newton_schulz(g, 1),
+        'divide by the Frobenius norm, the root of the sum of squares, not by the largest singular value':
+            lambda g, n: _schulz_unscaled(g / np.linalg.norm(g, 2), n)},
     hint='What does X X^T X do to a singular value?')
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #95716031
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #5f23783c
 exercise('foundations.optimizers.decay_moved', np.array([5.0*(1 - 0.1*0.01), 5.0 - 0.1]), mistakes={
     'the second is what SGD would do: Adam divides the gradient by its size': np.array([4.995, 4.995]),
     'AdamW shrinks by lr times weight_decay, not by weight_decay alone': np.array([4.95, 4.9]),
-    'in AdamW the decay does not pass through the division': np.array([4.9, 4.9])},
+    'in AdamW the decay does not pass through the division': np.array([4.9, 4.9]),
+    'moved into the gradient, the decay is divided by its own size, and lr alone is left': np.array([4.995, 4.95])},
     hint='What is the first step of Adam, in learning rates, for any gradient?', rtol=1e-4)

@@ -256,7 +256,7 @@ def _xor_signs(answer, x):
     w1, b1, w2, b2 = (np.reshape(v, shape) for v, shape in zip(found, [(2, 2), 2, (1, 2), 1], strict=True))
     return np.sign(np.maximum(x @ w1.T + b1, 0) @ w2.T + b2)[:, 0]
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #3fabb0ca
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #db30c234
 exercise('foundations.perceptron.xor_weights', _xor_weights, use=_xor_signs, cases=lambda rng: [
     (np.array([[0.0, 0], [0, 1], [1, 0], [1, 1]]) + off,)
     for off in ([0, 0], [0.1, 0.1], [0.1, -0.1], [-0.1, 0.1], [-0.1, -0.1])],
@@ -265,6 +265,8 @@ exercise('foundations.perceptron.xor_weights', _xor_weights, use=_xor_signs, cas
             lambda: (np.ones((2, 2)), np.array([0.0, -1.0]), np.array([[1.0, 0.0]]), np.array([-0.5])),
         'this is AND: the score rises only when both bits are 1':
             lambda: (np.ones((2, 2)), np.array([0.0, -1.0]), np.array([[0.0, 1.0]]), np.array([-0.5])),
+        'this is XOR for exact bits only: the threshold is so low that bits off by 0.1 pass it':
+            lambda: (np.ones((2, 2)), np.array([0.0, -1.0]), np.array([[1.0, -2.0]]), np.array([-0.1])),
         'the output is never positive: the threshold is higher than the bump':
             lambda: (np.ones((2, 2)), np.array([0.0, -1.0]), np.array([[1.0, -2.0]]), np.array([-1.5]))},
     hint='XOR depends on the sum of the two bits alone: you need a bump at 1.')
@@ -289,7 +291,7 @@ def _averaged_over_mistakes(x, y, n_epochs):
             kept.append((w, b))
     return np.mean([w for w, _ in kept], axis=0), np.mean([b for _, b in kept])
 
-# %% ../../nbs/01_foundations/01_perceptron.ipynb #1c06ac9c
+# %% ../../nbs/01_foundations/01_perceptron.ipynb #1427c6d6
 exercise('foundations.perceptron.averaged_perceptron', _averaged_perceptron, cases=lambda rng: [
     (rng.normal(size=(n, dim)), rng.choice([-1, 1], n), n_epochs)
     for n, dim, n_epochs in [(7, 2, 1), (11, 3, 2), (13, 5, 3)]],
@@ -302,6 +304,8 @@ exercise('foundations.perceptron.averaged_perceptron', _averaged_perceptron, cas
             lambda x, y, n: (fit_perceptron(x, y, n_epochs=n)[0], _averaged_perceptron(x, y, n)[1]),
         'record `w` and `b` after the point was dealt with, not before': lambda x, y, n: tuple(
             v - last/(n*len(x)) for v, last in zip(_averaged_perceptron(x, y, n), fit_perceptron(x, y, n_epochs=n))),
+        'a score of exactly zero is a mistake too, or the walk never leaves its start':
+            lambda x, y, n: (np.zeros(x.shape[1]), 0.0),
         'the sum was not divided by the number of visits':
             lambda x, y, n: tuple(v*n*len(x) for v in _averaged_perceptron(x, y, n))},
     hint='Keep two sums beside w and b, and add to them once for every point visited.')
