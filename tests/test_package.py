@@ -157,6 +157,14 @@ def methods(name, cls):
 PUBLIC = dict(public())
 
 
+def inherited(name):
+    "The comments on the parameters of the method that a method overrides, which need not be repeated."
+    cls, _, method = name.rpartition('.')
+    bases = PUBLIC[cls].__mro__[1:] if inspect.isclass(PUBLIC.get(cls)) else []
+    above = [b.__dict__[method] for b in bases if inspect.isfunction(b.__dict__.get(method))]
+    return {k for f in above if f.__module__.startswith('dlfund') for k, v in docments(f, returns=False).items() if v}
+
+
 def test_there_is_something_to_describe():
     known = {'data.datasets.load', 'deployment.bundle.Bundle.predict', 'vision.resnet.ResNet.forward'}
     assert {f'dlfund.{name}' for name in known} <= PUBLIC.keys()
@@ -168,7 +176,8 @@ def test_documentation(name):
     fields = inspect.isclass(thing) and hasattr(thing, '__dataclass_fields__')
     said = docments(thing, returns=False) if inspect.isfunction(thing) or fields else {}
     said = {k: v for k, v in said.items() if k not in ('self', 'cls')}
-    assert all(said.values()), f'{name}: no comment on {[k for k, v in said.items() if not v]}'
+    silent = [k for k, v in said.items() if not v and k not in inherited(name)]
+    assert not silent, f'{name}: no comment on {silent}'
     hook = inspect.isfunction(thing) and (name.endswith('.__init__') or not said and '.' in thing.__qualname__)
     assert hook or inspect.getdoc(thing), f'{name}: no docstring'
 

@@ -93,8 +93,10 @@ def is_leaf(self:Tensor)->bool: # `False` for the recorded result of an operatio
     "Whether the tensor was made by the user rather than by a recorded operation."
     return not self._op
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #db682ae6
-def _get_data(self): return self._array
+# %% ../../nbs/01_foundations/02_autograd.ipynb #1e988bc2
+def _get_data(self):
+    "The NumPy array; to assign, as `t.data -= step` does, is a change in place."
+    return self._array
 
 
 def _set_data(self, array):
@@ -104,7 +106,7 @@ def _set_data(self, array):
     self._version[0] += 1
 
 
-Tensor.data = property(_get_data, _set_data, doc='The NumPy array; to assign, as `t.data -= step` does, is a change.')
+Tensor.data = property(_get_data, _set_data)
 
 # %% ../../nbs/01_foundations/02_autograd.ipynb #aeab53fa
 @patch
@@ -707,8 +709,11 @@ def transpose(self:Tensor,
     dim0, dim1 = dims_of(self, (dim0, dim1))
     return record(self._array.swapaxes(dim0, dim1), 'transpose', (self, lambda g: g.swapaxes(dim0, dim1)), shares=self)
 
-# %% ../../nbs/01_foundations/02_autograd.ipynb #75e151e4
-Tensor.T = property(lambda self: self.permute(*reversed(range(self.ndim))), doc='All dimensions in reverse order.')
+# %% ../../nbs/01_foundations/02_autograd.ipynb #efcdc6c8
+@patch(as_prop=True)
+def T(self:Tensor)->Tensor: # the transpose of a matrix
+    "All dimensions in reverse order."
+    return self.permute(*reversed(range(self.ndim)))
 
 
 @patch

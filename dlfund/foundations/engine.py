@@ -55,10 +55,11 @@ def named_parts(
         if isinstance(part, (Parameter, Buffer, Module)): yield f'{prefix}{name}', part
         if not isinstance(part, Tensor): yield from named_parts(part, f'{prefix}{name}.', (*above, whole))
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #3ef72c5b
+# %% ../../nbs/01_foundations/08_engine.ipynb #4be72acb
 class Module:
     "A function that carries its numbers with it: `torch.nn.Module`, without registers."
     training = True # dropout and batch normalization ask for it
+    def __init__(self): pass # there are no registers to be made: a subclass need not call it
     def forward(self, *args:Tensor, # inputs
     )->Tensor: # output
         "Compute the output; each module has its own way."
@@ -361,14 +362,14 @@ def accuracy(
         for module, mode in modes: module.training = mode
     return float(right / len(x))
 
-# %% ../../nbs/01_foundations/08_engine.ipynb #5c326de1
+# %% ../../nbs/01_foundations/08_engine.ipynb #3f923baf
 def fit(
     model:Module, # to be trained
     opt, # an optimizer over its parameters, such as `SGD`
     train:tuple, # inputs `(n, ...)` and targets `(n,)`
     valid:tuple, # the same, judged after each epoch
     *,
-    n_epochs:int, # passes over `train`
+    n_epochs:int, # passes over the training data
     bs:int, # examples in a batch
     generator:np.random.Generator, # shuffles
     loss_func:Callable=cross_entropy, # of logits and targets
