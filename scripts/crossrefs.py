@@ -175,4 +175,7 @@ def typeset(
         if type(node) is NavigableString and not node.find_parent(NO_PROSE):
             node.replace_with(BeautifulSoup(resolve(node.output_ready(formatter='minimal')), 'html.parser'))
     soup.append(BeautifulSoup(cites.references(), 'html.parser'))
-    return str(soup), lambda text: re.sub('<[^>]+>', '', resolve(text))
+    def searchable(text): # which holds code too, where `@x` may be anything; the prose was resolved above
+        try: return re.sub('<[^>]+>', '', resolve(text))
+        except ValueError: return text
+    return str(soup), searchable

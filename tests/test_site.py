@@ -122,6 +122,11 @@ def test_what_cannot_be_resolved_stops_the_build(tmp_path, text, why):
 def test_mathematics(tex): assert crossrefs.mathml(tex, True).startswith('<math')
 
 
+def test_code_may_hold_what_looks_like_a_reference(tmp_path):
+    main = page(tmp_path, new_markdown_cell('Some prose.'), new_code_cell("text = 'see @eq-none and [@nobody2020none]'"))
+    assert '@eq-none' in main.get_text()
+
+
 @pytest.mark.parametrize('tex, thin', [(r'a \log p', 2), (r'\sum_i \ln p_i', 2), (r'\exp(x)', 0), (r'2\sin x', 2)])
 def test_a_functions_name_keeps_its_distance(tex, thin): assert crossrefs.mathml(tex, False).count('<mspace') == thin
 

@@ -7,8 +7,8 @@ __all__ = ['EMBEDDED_TASKS', 'FASHION_LABELS', 'CIFAR10_LABELS', 'ETT_LABELS', '
            'hash_matches', 'RemoteFile', 'fetch', 'read_members', 'read_idx', 'Split', 'Splits', 'stratified_split',
            'contents', 'find_duplicates', 'Layout', 'Dataset', 'names', 'describe', 'places', 'find', 'get', 'load']
 
-# %% ../../nbs/02_data/01_datasets.ipynb #7937e428
-import csv, difflib, gzip, hashlib, io, json, os, tarfile, zlib
+# %% ../../nbs/02_data/01_datasets.ipynb #62e0fa3f
+import csv, difflib, gzip, hashlib, io, json, math, os, tarfile, zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -19,6 +19,8 @@ import platformdirs
 import requests
 from PIL import Image
 from urllib3.util import Retry
+
+from ..exercises import exercise
 
 # %% ../../nbs/02_data/01_datasets.ipynb #6cb09abb
 class DataError(ValueError):
@@ -568,3 +570,108 @@ def load(
     return Splits(name=name, task=dataset.task, train=split['train'], valid=split['valid'], _test=split['test'],
                   labels=labels, sha256=_fingerprint(parts), licence=dataset.licence, source=dataset.source,
                   removed=removed)
+
+# %% ../../nbs/02_data/01_datasets.ipynb #38ebe27d
+def _se_size(p, difference, n_errors):
+    "How many examples make `difference` as large as `n_errors` standard errors of the accuracy `p`."
+    return p * (1 - p) * (n_errors / difference)**2
+
+# %% ../../nbs/02_data/01_datasets.ipynb #cd5cdee9
+exercise('data.datasets.se_size', _se_size,
+    cases=lambda rng: [(0.91, 0.007, 2), (0.5, 0.01, 1), (0.8, 0.02, 3), (*rng.uniform(0.1, 0.9, 2), 1.5)], mistakes={
+        'n stands under a root: solved for n, the ratio of errors to difference is squared':
+            lambda p, d, k: p * (1 - p) * k / d,
+        'the number of standard errors is squared too': lambda p, d, k: p * (1 - p) * k / d**2,
+        'p(1 - p) is a variance; its root would be taken twice': lambda p, d, k: (p * (1 - p))**0.5 * (k / d)**2},
+    hint='Write difference = n_errors · SE with the SE of the chapter, square both sides, and solve for n.')
+
+# %% ../../nbs/02_data/01_datasets.ipynb #197b5b32
+def _collide(bits):
+    "The least number of files whose hashes collide more likely than not."
+    n, all_differ = 1, 1.0
+    while all_differ >= 0.5:
+        all_differ *= 1 - n / 2**bits
+        n += 1
+    return n
+
+# %% ../../nbs/02_data/01_datasets.ipynb #7ebb4b4f
+exercise('data.datasets.collide', _collide, cases=lambda rng: [(4,), (8,), (11,), (16,), (20,)], mistakes={
+    'this adds up the chances of all pairs: a run with several collisions is counted several times':
+        lambda bits: math.ceil(2**(bits / 2)),
+    'this waits for the hash of one given file; any two may collide':
+        lambda bits: math.ceil(math.log(0.5) / math.log1p(-1 / 2**bits)),
+    'one too few: after this many files all still differ more likely than not': lambda bits: _collide(bits) - 1},
+    hint='With which probability does the next file miss all hashes that were drawn before it?')
+
+# %% ../../nbs/02_data/01_datasets.ipynb #e75e176f
+def _big_endian(sizes):
+    "What a little-endian reader makes of sizes that were written big-endian, four bytes each."
+    return np.asarray(sizes).astype('>u4').view('<u4').astype(np.int64)
+
+# %% ../../nbs/02_data/01_datasets.ipynb #c6178848
+exercise('data.datasets.big_endian', _big_endian, cases=lambda rng: [
+    (np.array([7, 11, 13]),), (np.array([60_000, 28, 28]),), (np.array([256, 65_536]),),
+    (rng.integers(0, 2**32, 5),)], mistakes={
+        'that holds for sizes below 256, which fill one byte; the other bytes move as well':
+            lambda sizes: np.asarray(sizes) * 2**24 % 2**32,
+        'the four bytes change places, the bits inside a byte do not':
+            lambda sizes: np.array([int(f'{size:032b}'[::-1], 2) for size in sizes]),
+        'only pairs of bytes changed places: all four are read from the other end':
+            lambda sizes: np.asarray(sizes).astype('>u4').view('>u2').reshape(-1, 2)[:, ::-1].astype(np.int64) @ [65_536, 1]},
+    hint='astype makes an array of another dtype with the same numbers; view reads the same bytes as another dtype.')
+
+# %% ../../nbs/02_data/01_datasets.ipynb #ec0aba10
+def _three_way(y):
+    "Indices of 70, 15 and 15 per cent of each class."
+    train, held = stratified_split(y, 0.3)
+    valid, test = stratified_split(y[held], 0.5)
+    return train, held[valid], held[test]
+
+
+def _cut_again(y, fraction):
+    "The second cut with another fraction: a mistake."
+    train, held = stratified_split(y, 0.3)
+    valid, test = stratified_split(y[held], fraction)
+    return train, held[valid], held[test]
+
+
+def _cut_at_random(y):
+    "The right sizes, the classes as they come: a mistake."
+    order, n = np.random.default_rng(0).permutation(len(y)), round(0.15 * len(y))
+    return order[2*n:], order[:n], order[n:2*n]
+
+# %% ../../nbs/02_data/01_datasets.ipynb #fdb19e0d
+def _counts(answer, y):
+    "Per part the examples of each class, and how many different examples the parts have together."
+    parts = [np.asarray(part, dtype=int) for part in answer(y)]
+    return [np.bincount(y[part], minlength=y.max() + 1) for part in parts], len(set(np.concatenate(parts).tolist()))
+
+# %% ../../nbs/02_data/01_datasets.ipynb #9ca05cc0
+exercise('data.datasets.three_way', _three_way, use=_counts, cases=lambda rng: [
+    (rng.permutation(np.repeat(np.arange(len(sizes)), sizes)),) for sizes in [(40, 60, 100), (20, 140), (80, 20, 40, 60)]],
+    mistakes={
+        'the second fraction is of what was held out, not of the whole': lambda y: _cut_again(y, 0.15),
+        'the indices of the second cut count inside what was held out':
+            lambda y: (lambda train, held: (train, *stratified_split(y[held], 0.5)))(*stratified_split(y, 0.3)),
+        'the sizes are right, but not in every class': _cut_at_random},
+    hint='Half of what the first cut holds out is 15 per cent of the whole. What do its indices refer to?')
+
+# %% ../../nbs/02_data/01_datasets.ipynb #349fc73e
+def _at_most(p, n):
+    "Chances that at most 0, 1, …, n - 1 of n answers are right."
+    return np.cumsum([math.comb(n, k) * p**k * (1 - p)**(n - k) for k in range(n)])
+
+
+def _peek(p, n, n_models):
+    "Expected accuracy of the luckiest of `n_models` equally good models, on `n` examples."
+    return (1 - _at_most(p, n)**n_models).sum() / n
+
+# %% ../../nbs/02_data/01_datasets.ipynb #a3225635
+exercise('data.datasets.peek', _peek, cases=lambda rng: [
+    (0.9, 1000, 20), (0.5, 30, 2), (0.7, 100, 5), (0.8, 10, 100)], mistakes={
+        'this is the expected score of one model: the best of several is chosen for its luck': lambda p, n, m: p,
+        'this is the unluckiest: the best is at most k if all of them are':
+            lambda p, n, m: ((1 - _at_most(p, n))**m).sum() / n,
+        'the root of 2 ln m is a bound for the largest of m normal variables, not its mean':
+            lambda p, n, m: p + math.sqrt(2 * math.log(m) * p * (1 - p) / n)},
+    hint='With which probability have all models at most k right? The mean of a count is the sum of P(more than k).')

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['chronological_split', 'group_split', 'ArrayLoader', 'seed_everything', 'shift_and_flip', 'loaders']
 
-# %% ../../nbs/02_data/03_loading.ipynb #c00a4f3b
-import random
+# %% ../../nbs/02_data/03_loading.ipynb #16358fe6
+import itertools, random
 from collections.abc import Callable
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .datasets import Splits
 from .preprocessing import ImagePreprocess
+from ..exercises import exercise
 
 # %% ../../nbs/02_data/03_loading.ipynb #a3de4a09
 def chronological_split(
@@ -109,3 +110,142 @@ def loaders(
                                torch.from_numpy(part.y.astype(np.int64)))
     return DataLoaders(ArrayLoader(*as_tensors(splits.train), bs=bs, transform=changed, shuffle=True, drop_last=True),
                        ArrayLoader(*as_tensors(splits.valid), bs=2*bs, transform=preprocess))
+
+# %% ../../nbs/02_data/03_loading.ipynb #227ac0a2
+def _measured(share, true, memory):
+    "Accuracy on a test part of which a share is leaked."
+    return (1 - share)*true + share*memory
+
+
+def _leaked(measured, true, memory):
+    "Share of leaked examples that makes up for the difference."
+    return (measured - true) / (memory - true)
+
+# %% ../../nbs/02_data/03_loading.ipynb #dfb5fd9b
+exercise('data.loading.predict_leak', (_measured(0.15, 0.70, 0.96), _leaked(0.80, 0.70, 0.96)), mistakes={
+    'the first: 15 % are leaked, 85 % are not; the shares are exchanged': (_measured(0.85, 0.70, 0.96),
+                                                                           _leaked(0.80, 0.70, 0.96)),
+    'the first: a leaked example adds 0.96 - 0.70, since without the leak it would count 0.70': (
+        0.70 + 0.15*0.96, _leaked(0.80, 0.70, 0.96)),
+    'the second: a leaked example adds 0.96 - 0.70, not 0.96': (_measured(0.15, 0.70, 0.96), 0.10/0.96),
+    'the second: the leaked share is wanted, this is the other': (_measured(0.15, 0.70, 0.96),
+                                                                  1 - _leaked(0.80, 0.70, 0.96))},
+    hint='Of a hundred test pictures, how many are leaked, and how many of those are right? And of the others?')
+
+# %% ../../nbs/02_data/03_loading.ipynb #e58e4772
+def _select(x, y, rows, n_features):
+    "Accuracy on the second half, with features chosen on the given rows."
+    chosen = np.argsort(-np.abs(x[rows].T @ y[rows]))[:n_features]
+    half = len(x) // 2
+    weights = np.linalg.lstsq(x[:half, chosen], y[:half], rcond=None)[0]
+    return (np.sign(x[half:, chosen] @ weights) == y[half:]).mean()
+
+
+def _select_signed(x, y, rows, n_features):
+    "Features that correlate negatively are passed over: a mistake."
+    chosen = np.argsort(-(x[rows].T @ y[rows]))[:n_features]
+    return _select(x[:, chosen], y, rows, n_features)
+
+
+def _select_and_measure_in_sample(x, y, rows, n_features):
+    "The accuracy of the half that was fitted: a mistake."
+    half, chosen = len(x) // 2, np.argsort(-np.abs(x[rows].T @ y[rows]))[:n_features]
+    return _select(np.concatenate([x[:half, chosen]]*2), np.concatenate([y[:half]]*2), slice(None), n_features)
+
+# %% ../../nbs/02_data/03_loading.ipynb #85dc99d2
+exercise('data.loading.select', _select, cases=lambda rng: [
+    (rng.normal(size=(n, 307)), rng.choice([-1.0, 1.0], n), rows, k)
+    for n, rows, k in [(101, slice(None), 5), (101, slice(0, 50), 5), (83, slice(0, 41), 7), (61, slice(30, 61), 3)]],
+    mistakes={
+        'the features are chosen on all rows, whatever `rows` says':
+            lambda x, y, rows, k: _select(x, y, slice(None), k),
+        'a feature that says the opposite is as good: the absolute value is missing': _select_signed,
+        'the accuracy is that of the half that was fitted': _select_and_measure_in_sample},
+    hint='np.argsort sorts upwards; np.linalg.lstsq gives the weights; np.sign turns what they say into labels.')
+
+# %% ../../nbs/02_data/03_loading.ipynb #f1b5e430
+def _cut_short(parts, left_out):
+    "Take rows from the end of each slice."
+    return tuple(slice(part.start, part.stop - rows) for part, rows in zip(parts, left_out))
+
+
+def _gap(n, fractions, width):
+    "`chronological_split`, with `width` rows left out at the end of every part but the last."
+    parts = _cut_short(chronological_split(n, fractions), (width, width, 0))
+    if any(part.stop <= part.start for part in parts):
+        raise ValueError(f'every part must keep a row, got width={width} for {n} rows and fractions {fractions}')
+    return parts
+
+
+def _gap_from_the_later_part(n, fractions, width):
+    "The gap taken from the beginning of the later part: a mistake."
+    first, *later = chronological_split(n, fractions)
+    _gap(n, fractions, width)
+    return (first, *[slice(part.start + width, part.stop) for part in later])
+
+
+def _gap_before_test_only(n, fractions, width):
+    "Only one gap: a mistake."
+    _gap(n, fractions, width)
+    return _cut_short(chronological_split(n, fractions), (0, width, 0))
+
+# %% ../../nbs/02_data/03_loading.ipynb #5d96a797
+exercise('data.loading.gap', _gap, use=lambda answer, *case: [(part.start or 0, part.stop) for part in answer(*case)],
+    cases=lambda rng: [(101, (0.2, 0.3), 7), (1009, (0.15, 0.15), 24), (60, (0.1, 0.2), 6), (53, (0.4, 0.5), 11),
+                       (83, (0.2, 0.2), 0)], mistakes={
+        'a gap that swallows a part must be a ValueError':
+            lambda n, f, width: _cut_short(chronological_split(n, f), (width, width, 0)),
+        'the rows are taken from the later part: the test part must stay as it is': _gap_from_the_later_part,
+        'the training part needs a gap as well: it has a cut, too': _gap_before_test_only},
+    hint='Which of the three slices stay as they are? Of the others, which end moves?')
+
+# %% ../../nbs/02_data/03_loading.ipynb #6f193ad1
+def _is_shuffled(epochs, n, complete=True, unsorted=True, different=True):
+    "Ask the three questions, or some of them."
+    rows = [np.asarray(epoch).tolist() for epoch in epochs]
+    return ((not complete or all(sorted(row) == list(range(n)) for row in rows))
+            and (not unsorted or all(row != sorted(row) for row in rows))
+            and (not different or len({tuple(row) for row in rows}) == len(rows)))
+
+
+def _break_shuffle(epochs, n):
+    "Whether these epochs are those of a loader that shuffles."
+    return _is_shuffled(epochs, n)
+
+
+def _epochs(rng):
+    "Epochs of a good loader and of several bad ones."
+    n, order = 13, rng.permutation(13)
+    return [([rng.permutation(n) for _ in range(3)], n), ([np.arange(n)], n), ([order, rng.permutation(n), order], n),
+            ([np.append(order[:-1], order[0]), rng.permutation(n)], n), ([order[:-1], rng.permutation(n)], n),
+            ([order], n), ([rng.permutation(n), np.arange(n)], n)]
+
+# %% ../../nbs/02_data/03_loading.ipynb #006dfbac
+exercise('data.loading.break_shuffle', _break_shuffle, cases=_epochs, mistakes={
+    'a loader that sorts passes: no epoch may be in rising order':
+        lambda epochs, n: _is_shuffled(epochs, n, unsorted=False),
+    'an order that comes again in another epoch passes': lambda epochs, n: _is_shuffled(epochs, n, different=False),
+    'an example may be missing, or come twice': lambda epochs, n: _is_shuffled(epochs, n, complete=False)},
+    hint='A sorted copy tells whether each index is there once; the order itself answers the other two questions.')
+
+# %% ../../nbs/02_data/03_loading.ipynb #6178ca77
+def _over_batches(gradients, batches, reduce=np.mean):
+    "Mean of the batches' gradients, and their variance summed over components."
+    means = np.stack([reduce(gradients[list(batch)], axis=0) for batch in batches]) # (n_batches, dim)
+    return means.mean(0), means.var(0).sum()
+
+
+def _prove_unbiased(gradients, bs):
+    "Mean and variance of the gradient over all batches."
+    return _over_batches(gradients, itertools.product(range(len(gradients)), repeat=bs))
+
+# %% ../../nbs/02_data/03_loading.ipynb #6e89df06
+exercise('data.loading.prove_unbiased', _prove_unbiased, cases=lambda rng: [
+    (rng.normal(size=(n, dim)), bs) for n, dim, bs in [(5, 3, 2), (3, 2, 3), (7, 1, 2)]], mistakes={
+        'with replacement an example may come twice: these batches are drawn without, and vary less':
+            lambda g, bs: _over_batches(g, itertools.permutations(range(len(g)), bs)),
+        'order counts: (0, 1) and (1, 0) are two batches, so a mixed one is likelier than (0, 0)':
+            lambda g, bs: _over_batches(g, itertools.combinations_with_replacement(range(len(g)), bs)),
+        "a batch's gradient is the average over its examples, not the sum":
+            lambda g, bs: _over_batches(g, itertools.product(range(len(g)), repeat=bs), np.sum)},
+    hint='itertools.product(range(n), repeat=bs) lists the batches.')

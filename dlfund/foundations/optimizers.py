@@ -163,7 +163,7 @@ class SGD(Optimizer):
             g = g + self.momentum*velocity if self.nesterov else velocity
         add_scaled(p, g, -self.lr)
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #9848db84
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #308b321b
 class Adagrad(Optimizer):
     "`torch.optim.Adagrad`: Duchi et al. 2011, <https://jmlr.org/papers/v12/duchi11a.html>."
     n_slots = 1 # total of squares
@@ -175,13 +175,15 @@ class Adagrad(Optimizer):
     ):
         self.weight_decay, self.eps = check_number('weight_decay', weight_decay), check_number('eps', eps)
         super().__init__(params, lr)
-    def update(self, p, g, t, total):
+    def update(self, p, g, t,
+        total:np.ndarray, # squares so far, changed in place
+    )->None:
         "Add the squares to the total, divide by its root."
         if self.weight_decay: g = g + self.weight_decay*p
         total += g*g
         add_scaled(p, g / (np.sqrt(total) + self.eps), -self.lr)
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #1eec7a97
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #fcce16a9
 class RMSprop(Optimizer):
     "Divide by a running root mean square, `torch.optim.RMSprop`: Tieleman and Hinton 2012, lecture 6.5."
     n_slots = 1 # average of squares
@@ -195,7 +197,9 @@ class RMSprop(Optimizer):
         self.alpha, self.eps = check_number('alpha', alpha, 1), check_number('eps', eps)
         self.weight_decay = check_number('weight_decay', weight_decay)
         super().__init__(params, lr)
-    def update(self, p, g, t, average):
+    def update(self, p, g, t,
+        average:np.ndarray, # running average of squares, changed in place
+    )->None:
         "Mix the squares into the average, divide by its root."
         if self.weight_decay: g = g + self.weight_decay*p
         average *= self.alpha
@@ -231,7 +235,7 @@ def adam_direction(
     direction /= 1 - betas[0]**t
     return direction
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #baba235b
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #519c6390
 class Adam(Optimizer):
     "Both remedies at once, `torch.optim.Adam`: Kingma and Ba 2015, <https://arxiv.org/abs/1412.6980>."
     n_slots = 2 # averages of gradients and of their squares
@@ -245,12 +249,15 @@ class Adam(Optimizer):
         self.betas, self.eps = check_betas(betas), check_number('eps', eps)
         self.weight_decay = check_number('weight_decay', weight_decay)
         super().__init__(params, lr)
-    def update(self, p, g, t, m, v):
+    def update(self, p, g, t,
+        m:np.ndarray, # average of gradients, changed in place
+        v:np.ndarray, # average of their squares, changed in place
+    )->None:
         "Add the penalty to the gradient, step along `adam_direction`."
         if self.weight_decay: g = g + self.weight_decay*p
         add_scaled(p, adam_direction(g, t, m, v, self.betas, self.eps), -self.lr)
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #cccb867e
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #bfaa6ace
 class AdamW(Adam):
     "Adam with decoupled decay, `torch.optim.AdamW`: Loshchilov and Hutter 2019, algorithm 2."
     def __init__(self,
@@ -260,12 +267,15 @@ class AdamW(Adam):
         eps:float=1e-8, # added to the root
         weight_decay:float=1e-2, # each step shrinks weights by `lr*weight_decay`
     ): super().__init__(params, lr, betas, eps, weight_decay)
-    def update(self, p, g, t, m, v):
+    def update(self, p, g, t,
+        m:np.ndarray, # average of gradients, changed in place
+        v:np.ndarray, # average of their squares, changed in place
+    )->None:
         "Shrink, then step along `adam_direction`."
         if self.weight_decay: p *= 1 - self.lr*self.weight_decay
         add_scaled(p, adam_direction(g, t, m, v, self.betas, self.eps), -self.lr)
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #1689419f
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #f225c022
 class Lion(Optimizer):
     "Step by the sign of an interpolated momentum: Chen et al. 2023, algorithm 2, <https://arxiv.org/abs/2302.06675>."
     n_slots = 1 # average of gradients
@@ -277,7 +287,9 @@ class Lion(Optimizer):
     ):
         self.betas, self.weight_decay = check_betas(betas), check_number('weight_decay', weight_decay)
         super().__init__(params, lr)
-    def update(self, p, g, t, m):
+    def update(self, p, g, t,
+        m:np.ndarray, # average of gradients, changed in place
+    )->None:
         "Step by the sign of the mix, then let the average forget."
         mix = self.betas[0]*m
         add_scaled(mix, g, 1 - self.betas[0])
@@ -302,11 +314,19 @@ def orthogonalize(
         x = a*x + (b*gram + c*(gram @ gram)) @ x
     return x.T if g.shape[0] > g.shape[1] else x
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #b37cf097
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #eacd1df3
 _ADJUST = dict(original=lambda a, b: math.sqrt(max(1, a / b)), spectral_unclamped=lambda a, b: math.sqrt(a / b),
                match_rms_adamw=lambda a, b: 0.2*math.sqrt(max(a, b))) # factor of `lr` for a shape (a, b)
 
 
+def _check_matrices(
+    params:list, # of tensors
+)->None:
+    "Refuse what has no singular values."
+    for i, p in enumerate(params):
+        if p.ndim != 2: raise ValueError(f'Muon needs matrices, got params[{i}] of shape {p.shape}')
+
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #7880ad58
 class Muon(Optimizer):
     "Orthogonalised momentum for matrices, `torch.optim.Muon`: Jordan et al. 2024."
     n_slots = 1 # average of gradients
@@ -319,17 +339,17 @@ class Muon(Optimizer):
         ns_steps:int=5, # of Newton-Schulz
         adjust_lr_fn:str='original', # or 'match_rms_adamw', 'spectral_unclamped': factor of `lr` by shape
     ):
-        self.weight_decay, self.momentum = check_number('weight_decay', weight_decay), check_number('momentum', momentum, 1)
-        self.nesterov, self.ns_steps = nesterov, ns_steps
+        self.weight_decay, self.nesterov = check_number('weight_decay', weight_decay), nesterov
+        self.momentum, self.ns_steps = check_number('momentum', momentum, 1), ns_steps
         if adjust_lr_fn not in _ADJUST: raise ValueError(f'adjust_lr_fn must be in {[*_ADJUST]}, got {adjust_lr_fn=}')
         self.adjust = _ADJUST[adjust_lr_fn]
         super().__init__(params, lr)
-        for i, p in enumerate(self.params):
-            if p.ndim != 2: raise ValueError(f'Muon needs matrices, got params[{i}] of shape {p.shape}')
-    def update(self, p, g, t, m):
+        _check_matrices(self.params)
+    def update(self, p, g, t,
+        m:np.ndarray, # average of gradients, changed in place
+    )->None:
         "Step along the polar factor of the momentum."
-        m *= self.momentum
-        add_scaled(m, g, 1 - self.momentum)
+        add_scaled(m, g - m, 1 - self.momentum)
         ahead = self.momentum*m + (1 - self.momentum)*g if self.nesterov else m
         if self.weight_decay: p *= 1 - self.lr*self.weight_decay
         add_scaled(p, orthogonalize(ahead, ns_steps=self.ns_steps), -self.lr*self.adjust(*p.shape))
@@ -481,10 +501,10 @@ def _sweep(
     if not lrs: raise ValueError(f'the first batch must have a finite loss, got {average=}')
     return np.array(lrs), np.array(losses)
 
-# %% ../../nbs/01_foundations/05_optimizers.ipynb #76a2777f
+# %% ../../nbs/01_foundations/05_optimizers.ipynb #88525e82
 exercise('foundations.optimizers.effective_step', np.array([1, 1])*0.05/(1 - 0.9), mistakes={
     'those are the first steps only: the velocity adds up': np.array([0.05, 0.095]),
-    'the velocity is a sum here, not an average: the gradient is not multiplied by 1 - momentum': np.array([0.05, 0.05]),
+    'the velocity is a sum here, not an average: no factor of 1 - momentum': np.array([0.05, 0.05]),
     'the look-ahead step is g + momentum*velocity, not velocity + momentum*velocity': np.array([0.5, 0.95]),
     'that is the velocity: the step is the learning rate times it': np.array([10.0, 10.0])},
     hint='What does the velocity tend to, if v = 0.9 v + 1? Put it into both rules.')

@@ -124,7 +124,7 @@ def _checked_probs(
         raise ValueError(f'probabilities must sum to 1, got {probs[off.argmax()].sum():.4g} in row {off.argmax()}')
     return probs
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #8e50cf56
+# %% ../../nbs/01_foundations/07_regularization.ipynb #583a6ff6
 def smooth_labels(
     y:np.ndarray, # classes `(n,)`, integers from 0
     n_classes:int, # number of classes
@@ -142,7 +142,7 @@ def mixup(
     alpha:float, # of the Beta distribution, positive; 1 mixes evenly, towards 0 hardly at all
     generator:np.random.Generator, # draws partners and shares
 )->tuple[np.ndarray, np.ndarray]: # mixed inputs and mixed targets
-    "Average pairs of examples: Zhang et al. 2018, eq. 1, <https://arxiv.org/abs/1710.09412>."
+    "Average pairs of examples: Zhang et al. 2018, sec. 1, <https://arxiv.org/abs/1710.09412>."
     if not alpha > 0: raise ValueError(f'alpha must be positive, got alpha={alpha}')
     if len(x) != len(y_onehot): raise ValueError(f'x and y_onehot must be as many, got {len(x)} and {len(y_onehot)}')
     partner, share = generator.permutation(len(x)), generator.beta(alpha, alpha, size=len(x)).astype(x.dtype)
@@ -272,7 +272,7 @@ exercise('foundations.regularization.cooling', 'order', choices=('nothing', 'ord
     'dividing by a positive number keeps the largest logit the largest': 'answers'},
     hint='Try a picture with one strong rival class and a picture with nine weak ones.')
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #8a6b9c34
+# %% ../../nbs/01_foundations/07_regularization.ipynb #5529d15d
 def _cutmix(x, q, partner, top, left, size):
     "Paste a rectangle of each picture's partner; return pictures and targets."
     pasted = np.zeros(x.shape[1:], bool)
@@ -290,10 +290,17 @@ def _cutmix_swapped(x, q, partner, top, left, size):
     mixed, targets = _cutmix(x, q, partner, top, left, size)
     return mixed, q + q[partner] - targets
 
-# %% ../../nbs/01_foundations/07_regularization.ipynb #8d3039b8
+
+def _cutmix_in_place(x, q, partner, top, left, size):
+    x[:], targets = _cutmix(x, q, partner, top, left, size)
+    return x, targets
+
+# %% ../../nbs/01_foundations/07_regularization.ipynb #b38ef374
 exercise('foundations.regularization.cutmix', _cutmix, cases=lambda rng: [
     (rng.random((3, 5, 7)), np.eye(3), np.array([1, 2, 0]), top, left, size)
-    for top, left, size in [(1, 2, 3), (3, 5, 4), (0, 0, 9)]], mistakes={
+    for top, left, size in [(1, 2, 3), (3, 5, 4), (0, 0, 9)]],
+    use=lambda answer, x, q, *rest: (*answer(x, q, *rest), x), mistakes={ # the third part: is `x` as it was?
+        'x itself was changed: paste into a copy': _cutmix_in_place,
         'the share is that of the whole rectangle: count only the pixels inside the picture': _cutmix_unclipped,
         'the shares are exchanged: the pasted share belongs to the partner': _cutmix_swapped,
         'the labels are not mixed': lambda x, q, *rest: (_cutmix(x, q, *rest)[0], q)},

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['BasicBlock', 'ResNet', 'resnet_mini']
 
-# %% ../../nbs/04_vision/04_resnet.ipynb #c0e981e3
+# %% ../../nbs/04_vision/04_resnet.ipynb #d742e6d5
 import torch
 from torch import Tensor, nn
+
+from ..exercises import exercise
 
 # %% ../../nbs/04_vision/04_resnet.ipynb #25ff8f11
 class BasicBlock(nn.Module):
@@ -70,3 +72,114 @@ def resnet_mini(
 )->ResNet: # ten layers deep, about 300,000 parameters
     "Build the book's small residual network, which trains in half a minute on two CPU cores."
     return ResNet(n_classes, n_channels=n_channels, widths=(16, 32, 64, 128), n_blocks=(1, 1, 1, 1))
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #f34fcbda
+def _conv_cost(dim, side):
+    "Multiplications and weights of a 3×3 convolution that keeps `dim` channels and a map of `side` × `side`."
+    return 9 * dim**2 * side**2, 9 * dim**2
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #16d7cebb
+exercise('vision.resnet.cost', tuple(new / old for new, old in zip(_conv_cost(64, 7), _conv_cost(32, 14))), mistakes={
+    'the channels count twice, going in and coming out': (0.5, 2.0),
+    'the map shrinks in both directions: a quarter of the positions remains, not half': (2.0, 4.0),
+    'the weights know nothing of the size of the map, only the multiplications do': (1.0, 1.0),
+    'the windows are applied at fewer positions: the multiplications do not grow with the weights': (4.0, 4.0)},
+    hint='Count the multiplications for one number of the output, then the numbers of the output.')
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #50d55b35
+def _zero_gamma(net, x):
+    "Logits of a `ResNet` whose blocks all have a last gamma of zero."
+    x = net.relu(net.bn1(net.conv1(x)))
+    for block in (block for name in net.stages for block in getattr(net, name)):
+        if block.downsample is not None: x = net.relu(block.downsample(x))
+    return net.fc(x.mean(dim=(-2, -1)))
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #726ca1c4
+def _put_to_zeroed(answer, pictures, widths, n_blocks):
+    "Call `answer` with a `ResNet` in training mode whose last gammas are zero, and with the pictures."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = ResNet(3, n_channels=2, widths=widths, n_blocks=n_blocks)
+    for module in net.modules():
+        if isinstance(module, BasicBlock): nn.init.zeros_(module.bn2.weight)
+    return answer(net, torch.from_numpy(pictures).float())
+
+
+def _zero_gamma_but(net, x, shortcut):
+    "`_zero_gamma` with another way through `downsample`."
+    x = net.relu(net.bn1(net.conv1(x)))
+    for block in (block for name in net.stages for block in getattr(net, name)):
+        if block.downsample is not None: x = shortcut(block.downsample, x)
+    return net.fc(x.mean(dim=(-2, -1)))
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #d4a87454
+exercise('vision.resnet.zero_gamma', _zero_gamma, use=_put_to_zeroed, rtol=1e-4, atol=1e-5, cases=lambda rng: [
+    (rng.normal(size=(7, 2, 13, 11)), (3, 5), (1, 1)), (rng.normal(size=(5, 2, 17, 19)), (2, 3, 5), (2, 1, 3)),
+    (rng.normal(size=(3, 2, 11, 7)), (5,), (2,))], mistakes={
+        'the last ReLU of a block is still there, after the sum':
+            lambda net, x: _zero_gamma_but(net, x, lambda downsample, x: downsample(x)),
+        'the shortcut has a batch normalization of its own, whose gamma is not zero':
+            lambda net, x: _zero_gamma_but(net, x, lambda downsample, x: torch.relu(downsample[0](x))),
+        'only F is zero: the shortcut still carries the picture':
+            lambda net, x: net.fc.bias.expand(len(x), -1)},
+    hint='Put F(x) = 0 into the forward pass of a block: what is left, with and without a downsample?')
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #3f7f97fc
+def _same_shape(c_in, c_out, stride):
+    "Whether a block whose shortcut starts after its first convolution gives the right shape."
+    return c_in == c_out and stride == 1
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #5fa74856
+exercise('vision.resnet.shortcut_first',
+         [_same_shape(*block) for block in [(7, 7, 1), (7, 11, 1), (7, 7, 2), (5, 13, 2)]], mistakes={
+    'without downsample, x and F(x) have one shape, changed or not: the sum goes through': [False]*4,
+    'a downsample from 7 to 11 channels cannot take the 11 that conv1 has made': [True, True, False, False],
+    'conv1 has halved the map, and downsample halves it again: the sum does not fit': [True, False, True, False],
+    'the downsample of (5, 13, 2) gets 13 channels in place of 5': [True]*4},
+    hint='Write down the shape of the changed x, and what downsample, if there is one, makes of it.')
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #c9d7e07e
+def _field(windows):
+    "How many pixels, in one direction, one number behind the windows depends on."
+    r = 1
+    for k, s in reversed(windows): r = s*(r - 1) + k
+    return r
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #f97c5c8e
+exercise('vision.resnet.field', _field, cases=lambda rng: [
+    ([(3, 1), (3, 1), (3, 1)],), ([(5, 2), (3, 1), (3, 2)],), ([(7, 2), (3, 2), (3, 1), (1, 2), (3, 1)],),
+    (list(zip((2*rng.integers(1, 4, 6) + 1).tolist(), rng.integers(1, 4, 6).tolist())),)], mistakes={
+        'the strides are left out: behind a stride of 2, a step is two pixels wide':
+            lambda windows: 1 + sum(k - 1 for k, s in windows),
+        'the windows are taken from the wrong end: start at the last map and go back to the picture':
+            lambda windows: _field(windows[::-1]),
+        'r numbers that are s apart have r - 1 gaps between them, not r':
+            lambda windows: _field([(k + s - 1, s) for k, s in windows])},
+    hint='If you know how wide a stretch of the map *behind* a window is needed, how wide is the stretch before it?')
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #191890d3
+def _bn_relu(x):
+    "Normalise with the statistics of the batch, then rectify."
+    return torch.relu(nn.functional.batch_norm(x, None, None, training=True))
+
+
+def _preact(x, w1, w2):
+    "Normalise and rectify first, convolve second, and leave the shortcut free."
+    h = nn.functional.conv2d(_bn_relu(x), w1, padding=1)
+    return x + nn.functional.conv2d(_bn_relu(h), w2, padding=1)
+
+
+def _preact_in_old_order(x, w1, w2):
+    "Convolve first: a mistake."
+    h = _bn_relu(nn.functional.conv2d(x, w1, padding=1))
+    return x + nn.functional.batch_norm(nn.functional.conv2d(h, w2, padding=1), None, None, training=True)
+
+# %% ../../nbs/04_vision/04_resnet.ipynb #e1e9fe43
+exercise('vision.resnet.preact', _preact, rtol=1e-4, atol=1e-6, cases=lambda rng: [
+    tuple(torch.from_numpy(rng.normal(size=shape)) for shape in [(b, d, h, w), (d, d, 3, 3), (d, d, 3, 3)])
+    for b, d, h, w in [(2, 3, 5, 7), (3, 2, 7, 5), (5, 1, 3, 11)]], mistakes={
+        'there is still a ReLU after the sum: negative values do not pass': lambda *a: torch.relu(_preact(*a)),
+        'convolution first, normalization second is the order of the block of this chapter': _preact_in_old_order,
+        'the shortcut starts at x itself, before the first normalization':
+            lambda x, w1, w2: _preact(x, w1, w2) - x + _bn_relu(x)},
+    hint='Write the formula from the inside out: what happens to x first?')
