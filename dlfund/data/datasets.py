@@ -608,7 +608,7 @@ def _big_endian(sizes):
     "What a little-endian reader makes of sizes that were written big-endian, four bytes each."
     return np.asarray(sizes).astype('>u4').view('<u4').astype(np.int64)
 
-# %% ../../nbs/02_data/01_datasets.ipynb #c6178848
+# %% ../../nbs/02_data/01_datasets.ipynb #bcbd47b0
 exercise('data.datasets.big_endian', _big_endian, cases=lambda rng: [
     (np.array([7, 11, 13]),), (np.array([60_000, 28, 28]),), (np.array([256, 65_536]),),
     (rng.integers(0, 2**32, 5),)], mistakes={
@@ -617,7 +617,7 @@ exercise('data.datasets.big_endian', _big_endian, cases=lambda rng: [
         'the four bytes change places, the bits inside a byte do not':
             lambda sizes: np.array([int(f'{size:032b}'[::-1], 2) for size in sizes]),
         'only pairs of bytes changed places: all four are read from the other end':
-            lambda sizes: np.asarray(sizes).astype('>u4').view('>u2').reshape(-1, 2)[:, ::-1].astype(np.int64) @ [65_536, 1]},
+            lambda sizes: np.asarray(sizes) % 2**16 * 2**16 + np.asarray(sizes) // 2**16},
     hint='astype makes an array of another dtype with the same numbers; view reads the same bytes as another dtype.')
 
 # %% ../../nbs/02_data/01_datasets.ipynb #ec0aba10
@@ -646,9 +646,10 @@ def _counts(answer, y):
     parts = [np.asarray(part, dtype=int) for part in answer(y)]
     return [np.bincount(y[part], minlength=y.max() + 1) for part in parts], len(set(np.concatenate(parts).tolist()))
 
-# %% ../../nbs/02_data/01_datasets.ipynb #9ca05cc0
+# %% ../../nbs/02_data/01_datasets.ipynb #57e226b4
 exercise('data.datasets.three_way', _three_way, use=_counts, cases=lambda rng: [
-    (rng.permutation(np.repeat(np.arange(len(sizes)), sizes)),) for sizes in [(40, 60, 100), (20, 140), (80, 20, 40, 60)]],
+    (rng.permutation(np.repeat(np.arange(len(sizes)), sizes)),)
+    for sizes in [(40, 60, 100), (20, 140), (80, 20, 40, 60)]],
     mistakes={
         'the second fraction is of what was held out, not of the whole': lambda y: _cut_again(y, 0.15),
         'the indices of the second cut count inside what was held out':

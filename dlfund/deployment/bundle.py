@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMAT', 'WEIGHTS', 'FACTS', 'CARD', 'MAX_BYTES', 'BundleError', 'Prediction', 'Bundle', 'model_card']
 
-# %% ../../nbs/09_deployment/01_bundles.ipynb #79ccdb65
-import hashlib, io, json, os, platform, shutil, zipfile, zlib
+# %% ../../nbs/09_deployment/01_bundles.ipynb #942be76b
+import hashlib, io, json, math, os, platform, shutil, zipfile, zlib
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..data.datasets import Split
 from ..data.preprocessing import ImagePreprocess, read_batch
+from ..exercises import exercise
 from ..vision import build
 
 # %% ../../nbs/09_deployment/01_bundles.ipynb #68e6ed3d
@@ -294,3 +295,117 @@ def load(
         why = ' '.join(str(e).split())[:200]
         raise BundleError('a bundle must describe a model of this library and its weights, '
                           f'got another in {path} ({why})') from e
+
+# %% ../../nbs/09_deployment/01_bundles.ipynb #64f7dff2
+exercise('deployment.bundle.order', sum([1/10]*10) / 10, mistakes={
+    'now and then a label keeps its place, and then its whole class is right': 0.0,
+    'this is the chance that at least one label keeps its place, not the share of labels that do': 1 - math.exp(-1),
+    'this is the chance that no label keeps its place': math.exp(-1),
+    'this is the chance that all labels keep their places': 1 / math.factorial(10)},
+    hint='With which probability does the first label keep its place? And how do expectations of several add up?')
+
+# %% ../../nbs/09_deployment/01_bundles.ipynb #1ee3a98a
+def _header(raw):
+    "The length of the header of a safetensors file, if the file holds so much."
+    n = int.from_bytes(raw[:8], 'little')
+    if len(raw) < 8 or n > len(raw) - 8:
+        raise ValueError(f'a file must hold the header that it announces, got {n} bytes announced in {len(raw)}')
+    return n
+
+
+def _header_within(raw, room):
+    "The length, if the file is long enough and the length leaves `room` bytes: with too little room, a mistake."
+    n = int.from_bytes(raw[:8], 'little')
+    if len(raw) < 8 or n > len(raw) - room: raise ValueError(n)
+    return n
+
+# %% ../../nbs/09_deployment/01_bundles.ipynb #dba65cc3
+exercise('deployment.bundle.header', _header, cases=lambda rng: [
+    ((300).to_bytes(8, 'little') + bytes(400),), ((2**60).to_bytes(8, 'little') + bytes(40),),
+    ((5).to_bytes(8, 'little') + b'12345',), ((5).to_bytes(8, 'little') + b'1234',), (b'\2\0',), (bytes(8),)],
+    mistakes={
+        'the announced length is believed, whatever the length of the file':
+            lambda raw: int.from_bytes(raw[:8], 'little'),
+        'the eight bytes before the header are part of the file, but not of the header':
+            lambda raw: _header_within(raw, 0),
+        'the lowest byte comes first: the length is little-endian':
+            lambda raw: _header(raw[:8][::-1] + raw[8:])},
+    hint='How many bytes are left for the header when the first eight are gone?')
+
+# %% ../../nbs/09_deployment/01_bundles.ipynb #ab87199e
+def _file_of(pieces):
+    "A safetensors file of `{name: (shape, bytes)}`."
+    head, data = {}, b''
+    for name, (shape, piece) in pieces.items():
+        head[name] = dict(dtype='F32', shape=list(shape), data_offsets=[len(data), len(data) + len(piece)])
+        data += piece
+    head = json.dumps(head).encode()
+    return len(head).to_bytes(8, 'little') + head + data
+
+
+def _writer(tensors):
+    "The bytes of a safetensors file of float32 tensors."
+    return _file_of({name: (t.shape, t.numpy().tobytes()) for name, t in tensors.items()})
+
+# %% ../../nbs/09_deployment/01_bundles.ipynb #cec1d7ef
+exercise('deployment.bundle.writer', _writer, use=lambda answer, tensors: tensors_from_bytes(answer(tensors)),
+    cases=lambda rng: [({name: torch.from_numpy(rng.normal(size=shape)).float() for name, shape in shapes.items()},)
+                       for shapes in [{'a': (3, 5), 'b': (7,)}, {'weight': (2, 3, 5), 'bias': ()}, {'z': (5, 2)}]],
+    mistakes={
+        'the bytes of each number are in the wrong order: float32 is stored little-endian':
+            lambda tensors: _file_of({k: (t.shape, t.numpy().astype('>f4').tobytes()) for k, t in tensors.items()}),
+        'the numbers of a tensor go row by row, the last index fastest':
+            lambda tensors: _file_of({k: (t.shape, t.numpy().tobytes('F')) for k, t in tensors.items()}),
+        'the shape was lost: every tensor has come back flat':
+            lambda tensors: _file_of({k: ((t.numel(),), t.numpy().tobytes()) for k, t in tensors.items()})},
+    hint='The offsets count from the end of the header, in bytes; the first tensor begins at 0.')
+
+# %% ../../nbs/09_deployment/01_bundles.ipynb #c18c7988
+def _temperature(logits, y, temperatures):
+    "The temperature with the least cross-entropy."
+    losses = [nn.functional.cross_entropy(logits / t, y) for t in temperatures]
+    return temperatures[torch.stack(losses).argmin()]
+
+
+def _too_sure(rng, n, n_classes, factor):
+    "Logits that are `factor` times as large as those by which the classes were drawn."
+    z = rng.normal(size=(n, n_classes)) * 2
+    y = (z + rng.gumbel(size=z.shape)).argmax(-1) # drawn from softmax(z)
+    return torch.from_numpy(factor * z), torch.from_numpy(y), torch.linspace(0.2, 3, 29)
+
+# %% ../../nbs/09_deployment/01_bundles.ipynb #7a0df3c2
+exercise('deployment.bundle.temperature', _temperature, cases=lambda rng: [
+    _too_sure(rng, n, k, factor) for n, k, factor in [(101, 5, 2.0), (211, 3, 0.5), (307, 7, 1.5)]], mistakes={
+        'the logits are divided by the temperature, not multiplied':
+            lambda z, y, ts: 1 / _temperature(z, y, 1 / ts),
+        'these are the least logits: cross-entropy goes by the probability of the right class':
+            lambda z, y, ts: ts[torch.stack([-(z / t).gather(1, y[:, None]).mean() for t in ts]).argmin()],
+        'nn.functional.cross_entropy takes logits: here it got probabilities':
+            lambda z, y, ts: ts[torch.stack([
+                nn.functional.cross_entropy((z / t).softmax(-1), y) for t in ts]).argmin()],
+        'accuracy cannot choose: no temperature changes which class is the most probable':
+            lambda z, y, ts: ts[torch.stack([((z / t).argmax(-1) == y).double().mean() for t in ts]).argmax()]},
+    hint='Compute one cross-entropy for each temperature, and take the temperature at the argmin.')
+
+# %% ../../nbs/09_deployment/01_bundles.ipynb #1b53d925
+def _manifest(contents, hashes):
+    "Sorted names of the files that are missing or altered."
+    is_whole = lambda name: name in contents and hashlib.sha256(contents[name]).hexdigest() == hashes[name]
+    return sorted(name for name in hashes if not is_whole(name))
+
+
+def _noted(**contents):
+    "The hashes of files."
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+# %% ../../nbs/09_deployment/01_bundles.ipynb #c6afc5b5
+exercise('deployment.bundle.manifest', _manifest, cases=lambda rng: [
+    (dict(weights=b'1', card=b'2'), _noted(weights=b'1', card=b'2')),
+    (dict(weights=b'1', card=b'3', boast=b'9'), _noted(weights=b'1', card=b'2')),
+    (dict(card=b'3'), _noted(weights=b'1', card=b'2', facts=b'4')), (dict(card=b'3'), {})], mistakes={
+        'a file that is missing is not found by looking at the files that are there':
+            lambda contents, hashes: [name for name in _manifest(contents, hashes) if name in contents],
+        'a file that nobody noted is neither missing nor altered':
+            lambda contents, hashes: sorted({*_manifest(contents, hashes), *(contents.keys() - hashes.keys())}),
+        'all of them are asked for, not only the first': lambda contents, hashes: _manifest(contents, hashes)[:1]},
+    hint='Go through the hashes, not through the files.')

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['EpochLogCallback', 'DivergedError', 'StopOnNaN', 'has_bf16', 'Precision', 'make_learner', 'predict_all']
 
-# %% ../../nbs/03_training/01_learner.ipynb #c1e2ab08
+# %% ../../nbs/03_training/01_learner.ipynb #1de65ef2
 import math, time
 from functools import partial
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
@@ -20,6 +21,7 @@ from fastcore.basics import noop
 from torch import Tensor, nn
 import fastai.callback.schedule # adds Learner.fit_one_cycle
 
+from ..exercises import exercise
 from .configuration import TrainConfig
 
 # %% ../../nbs/03_training/01_learner.ipynb #bc51806b
@@ -113,3 +115,37 @@ def predict_all(
     try: logits, targets = zip(*[(model(x), y) for x, y in batches])
     finally: model.train(was_training)
     return torch.cat(logits), torch.cat(targets)
+
+# %% ../../nbs/03_training/01_learner.ipynb #8e8045c7
+def _zero_grad(a, w, lr, n_steps):
+    "The weight after each step of a gradient descent that never forgets a gradient."
+    kept, weights = 0.0, []
+    for _ in range(n_steps):
+        kept += a * w
+        w = w - lr * kept
+        weights.append(w)
+    return weights
+
+
+def _forgetting(a, w, lr, n_steps, last, average=False):
+    "The same, with the sum or the average of the last gradients only: mistakes."
+    gradients, weights = [], []
+    for _ in range(n_steps):
+        gradients.append(a * w)
+        used = gradients[-last:]
+        w = w - lr * sum(used) / (len(used) if average else 1)
+        weights.append(w)
+    return weights
+
+# %% ../../nbs/03_training/01_learner.ipynb #3c775465
+exercise('training.learner.zero_grad', _zero_grad, use=lambda answer, *case: np.asarray(answer(*case), dtype=float),
+    cases=lambda rng: [(1.0, 1.0, 0.1, 5), (2.0, -3.0, 0.05, 12), (0.5, 4.0, 0.3, 7),
+                       (*rng.uniform(0.5, 1.5, 2), 0.2, 9)],
+    mistakes={
+        'this is descent as it should be: the gradients of earlier steps are still in .grad':
+            lambda *case: _forgetting(*case, last=1),
+        'backward adds the gradients up, it does not average them':
+            lambda *case: _forgetting(*case, last=case[3], average=True),
+        'nothing is ever forgotten: step k uses all k gradients, not the last two':
+            lambda *case: _forgetting(*case, last=2)},
+    hint='Keep a sum beside the weight. What does backward add to it, and what does the step subtract from the weight?')
