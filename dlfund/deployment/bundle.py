@@ -373,18 +373,15 @@ def _too_sure(rng, n, n_classes, factor):
     y = (z + rng.gumbel(size=z.shape)).argmax(-1) # drawn from softmax(z)
     return torch.from_numpy(factor * z), torch.from_numpy(y), torch.linspace(0.2, 3, 29)
 
-# %% ../../nbs/09_deployment/01_bundles.ipynb #7a0df3c2
+# %% ../../nbs/09_deployment/01_bundles.ipynb #f1338bd7
 exercise('deployment.bundle.temperature', _temperature, cases=lambda rng: [
     _too_sure(rng, n, k, factor) for n, k, factor in [(101, 5, 2.0), (211, 3, 0.5), (307, 7, 1.5)]], mistakes={
         'the logits are divided by the temperature, not multiplied':
             lambda z, y, ts: 1 / _temperature(z, y, 1 / ts),
-        'these are the least logits: cross-entropy goes by the probability of the right class':
-            lambda z, y, ts: ts[torch.stack([-(z / t).gather(1, y[:, None]).mean() for t in ts]).argmin()],
-        'nn.functional.cross_entropy takes logits: here it got probabilities':
-            lambda z, y, ts: ts[torch.stack([
-                nn.functional.cross_entropy((z / t).softmax(-1), y) for t in ts]).argmin()],
-        'accuracy cannot choose: no temperature changes which class is the most probable':
-            lambda z, y, ts: ts[torch.stack([((z / t).argmax(-1) == y).double().mean() for t in ts]).argmax()]},
+        'the lowest always wins so: accuracy tells no temperatures apart, and cross-entropy needs logits, no softmax':
+            lambda z, y, ts: ts[torch.stack([((z / t).argmax(-1) == y).double().mean() for t in ts]).argmax()],
+        'this is the place of the temperature in the list, not the temperature':
+            lambda z, y, ts: torch.stack([nn.functional.cross_entropy(z / t, y) for t in ts]).argmin()},
     hint='Compute one cross-entropy for each temperature, and take the temperature at the argmin.')
 
 # %% ../../nbs/09_deployment/01_bundles.ipynb #1b53d925
@@ -398,10 +395,11 @@ def _noted(**contents):
     "The hashes of files."
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
-# %% ../../nbs/09_deployment/01_bundles.ipynb #c6afc5b5
+# %% ../../nbs/09_deployment/01_bundles.ipynb #247056e9
 exercise('deployment.bundle.manifest', _manifest, cases=lambda rng: [
     (dict(weights=b'1', card=b'2'), _noted(weights=b'1', card=b'2')),
     (dict(weights=b'1', card=b'3', boast=b'9'), _noted(weights=b'1', card=b'2')),
+    (dict(weights=b'5', card=b'3'), _noted(weights=b'1', card=b'2')),
     (dict(card=b'3'), _noted(weights=b'1', card=b'2', facts=b'4')), (dict(card=b'3'), {})], mistakes={
         'a file that is missing is not found by looking at the files that are there':
             lambda contents, hashes: [name for name in _manifest(contents, hashes) if name in contents],
