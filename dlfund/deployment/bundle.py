@@ -373,7 +373,7 @@ def _too_sure(rng, n, n_classes, factor):
     y = (z + rng.gumbel(size=z.shape)).argmax(-1) # drawn from softmax(z)
     return torch.from_numpy(factor * z), torch.from_numpy(y), torch.linspace(0.2, 3, 29)
 
-# %% ../../nbs/09_deployment/01_bundles.ipynb #ce3b4806
+# %% ../../nbs/09_deployment/01_bundles.ipynb #035117eb
 exercise('deployment.bundle.temperature', _temperature, cases=lambda rng: [
     _too_sure(rng, n, k, factor) for n, k, factor in [(101, 5, 2.0), (211, 3, 0.5), (307, 7, 1.5)]], mistakes={
         'the logits are divided by the temperature, not multiplied':
@@ -381,7 +381,8 @@ exercise('deployment.bundle.temperature', _temperature, cases=lambda rng: [
         'accuracy cannot choose: no temperature changes which class is the most probable':
             lambda z, y, ts: ts[torch.stack([((z / t).argmax(-1) == y).double().mean() for t in ts]).argmax()],
         'cross_entropy takes logits: here it got probabilities':
-            lambda z, y, ts: ts[torch.stack([nn.functional.cross_entropy((z / t).softmax(-1), y) for t in ts]).argmin()],
+            lambda z, y, ts: ts[torch.stack([
+                nn.functional.cross_entropy((z / t).softmax(-1), y) for t in ts]).argmin()],
         'this is the place of the temperature in the list, not the temperature':
             lambda z, y, ts: torch.stack([nn.functional.cross_entropy(z / t, y) for t in ts]).argmin()},
     hint='Compute one cross-entropy for each temperature, and take the temperature at the argmin.')
