@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import DLFUND, environment, one_line, run, start
-from dlfund.cli import _new_run
 from dlfund.data.datasets import file_hash, load, names
 from dlfund.deployment.bundle import Bundle
 from dlfund.training.checkpoints import read_checkpoint
 from dlfund.training.configuration import Experiment
+from dlfund.training.runs import RunFolder
 
 HEAVY = {'torch', 'numpy', 'fastai', 'fastcore', 'PIL', 'pydantic', 'yaml', 'requests', 'matplotlib', 'safetensors'}
 
@@ -47,7 +47,8 @@ def test_train_says_one_line_an_epoch_and_the_path_last(trained):
 
 def test_train_leaves_a_run_and_nothing_else(trained, bundle):
     assert os.listdir(trained.cwd) == ['runs']
-    assert sorted(os.listdir(bundle.parent)) == ['bundle', 'checkpoint.pt', 'experiment.yaml', 'history.json']
+    assert sorted(os.listdir(bundle.parent)) == ['.lock', 'bundle', 'checkpoints', 'experiment.yaml',
+                                                'history.json', 'metrics.sqlite']
     assert sorted(os.listdir(bundle)) == ['README.md', 'bundle.json', 'model.safetensors']
     assert [row['epoch'] for row in history(bundle.parent)] == [1, 2]
 
@@ -201,7 +202,7 @@ def begun(cwd, *words):
     process = start('train', 'train.epochs=2', *words, cwd=cwd)
     run_folder = cwd/process.stdout.readline().strip().rpartition('run in ')[2]
     assert process.stdout.readline().startswith('epoch 1/2 ')
-    while (done := read_checkpoint(run_folder/'checkpoint.pt')['epochs_done']) < 1: time.sleep(0.05)
+    while (done := read_checkpoint(run_folder/'checkpoints')['epochs_done']) < 1: time.sleep(0.05)
     assert done == 1, 'an epoch must be reported when it ends, not when the run does'
     return process, run_folder
 
@@ -256,7 +257,7 @@ def test_another_seed_gives_other_weights(cli, small):
 
 def test_many_runs_begin_together(tmp_path):
     experiment = Experiment(out=str(tmp_path/'runs'))
-    with ThreadPoolExecutor(8) as pool: folders = list(pool.map(_new_run, [experiment]*32))
+    with ThreadPoolExecutor(8) as pool: folders = [run.path for run in pool.map(RunFolder.create, [experiment]*32)]
     assert len(set(folders)) == 32
 
 

@@ -12,7 +12,7 @@ from dlfund.data import datasets
 from dlfund.data.datasets import REGISTER, DataError, fetch, file_hash, load, read_idx, read_members
 from dlfund.deployment import bundle as bundles
 from dlfund.deployment.bundle import Bundle, BundleError
-from dlfund.training.checkpoints import read_checkpoint
+from dlfund.training.checkpoints import checkpoint_files, read_checkpoint
 
 
 def tree(folder):
@@ -285,9 +285,9 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tiny, tmp_path):
     limited = [*tiny[:2], f'{LIMITED}limit(2_000_000) # the first checkpoint fits, the second does not\n{tiny[2]}']
     ran = run('train', 'data.name=mnist', 'train.epochs=2', cwd=tmp_path, program=limited, **unmeasured())
     run_folder = tmp_path/'runs'/'mnist-resnet-mini-1'
-    assert 'checkpoint.pt' in one_line(ran) and 'File too large' in ran.stderr and 'dlfund train --resume' in ran.stderr
-    assert sorted(os.listdir(run_folder)) == ['checkpoint.pt', 'experiment.yaml']
-    assert read_checkpoint(run_folder/'checkpoint.pt')['epochs_done'] == 0
+    assert 'checkpoints/step-' in one_line(ran) and 'File too large' in ran.stderr and 'dlfund train --resume' in ran.stderr
+    assert len(os.listdir(run_folder/'checkpoints')) == 1 and not (run_folder/'bundle').exists()
+    assert read_checkpoint(run_folder/'checkpoints')['epochs_done'] == 0
     assert run('train', '--resume', run_folder, cwd=tmp_path, program=tiny).returncode == 0
 
 
@@ -369,14 +369,8 @@ def test_a_link_to_nowhere_ends(tmp_path):
 @pytest.mark.parametrize('content', [b'', b'PK\x03\x04', b'just words'])
 def test_a_checkpoint_that_cannot_be_used(cli, bundle, tmp_path, content):
     shutil.copytree(bundle.parent, tmp_path/'run')
-    (tmp_path/'run'/'checkpoint.pt').write_bytes(content)
-    assert 'checkpoint.pt' in one_line(cli('train', '--resume', tmp_path/'run'))
-
-
-def test_a_run_without_a_checkpoint(cli, bundle, tmp_path):
-    (tmp_path/'run').mkdir()
-    shutil.copy(bundle.parent/'experiment.yaml', tmp_path/'run')
-    assert 'checkpoint.pt' in one_line(cli('train', '--resume', tmp_path/'run'))
+    for file in checkpoint_files(tmp_path/'run'/'checkpoints'): file.write_bytes(content)
+    assert 'got only damaged ones in' in one_line(cli('train', '--resume', tmp_path/'run'))
 
 
 def test_a_loss_that_is_no_number(cli, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 
 from .resnet import resnet_mini
 
-# %% ../../nbs/04_vision/00_models.ipynb #94642fba
+# %% ../../nbs/04_vision/00_models.ipynb #59be1d00
 MODELS = {'resnet-mini': resnet_mini}
 
 
@@ -20,10 +20,12 @@ def build(
     name:str, # an architecture of `MODELS`
     n_classes:int=1000, # classes to tell apart; at least 1
     n_channels:int=3, # channels of the pictures
+    width:float=1.0, # multiplies the channels of every layer
+    **args, # further arguments of the function in `MODELS`
 )->nn.Module: # with fresh random weights
     "Build a network by its name."
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
         raise ValueError(f'model.name must be one of {sorted(MODELS)}, got {name!r}: the nearest is {near!r}')
     if n_classes < 1: raise ValueError(f'n_classes must be at least 1, got {n_classes}')
-    return MODELS[name](n_classes, n_channels=n_channels)
+    return MODELS[name](n_classes, n_channels=n_channels, width=width, **args)

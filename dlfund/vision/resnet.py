@@ -65,13 +65,16 @@ class ResNet(nn.Module):
         for name in self.stages: x = getattr(self, name)(x)
         return self.fc(x.mean(dim=(-2, -1)))
 
-# %% ../../nbs/04_vision/04_resnet.ipynb #dbbd32c2
+# %% ../../nbs/04_vision/04_resnet.ipynb #1b318b39
 def resnet_mini(
     n_classes:int, # classes to tell apart
     n_channels:int=1, # channels of the pictures
-)->ResNet: # ten layers deep, about 300,000 parameters
+    width:float=1.0, # multiplies the channels of every layer; 0.25 to 8
+)->ResNet: # ten layers deep, about 300,000 parameters at `width` 1
     "Build the book's small residual network, which trains in half a minute on two CPU cores."
-    return ResNet(n_classes, n_channels=n_channels, widths=(16, 32, 64, 128), n_blocks=(1, 1, 1, 1))
+    if not 0.25 <= width <= 8: raise ValueError(f'model.width must be from 0.25 to 8, got {width}')
+    return ResNet(n_classes, n_channels=n_channels, widths=tuple(round(width * c) for c in (16, 32, 64, 128)),
+                  n_blocks=(1, 1, 1, 1))
 
 # %% ../../nbs/04_vision/04_resnet.ipynb #f34fcbda
 def _conv_cost(dim, side):
