@@ -15,7 +15,8 @@ from dlfund.data.datasets import load
 from dlfund.data.loading import loaders, seed_everything
 from dlfund.data.preprocessing import fit_preprocess
 from dlfund.training.configuration import read_experiment
-from dlfund.training.learner import EpochLogCallback, make_learner
+from dlfund.training.learner import EpochLogCallback
+from dlfund.training.runs import make_learner
 from dlfund.vision import build
 
 SEEDS = (0, 1, 2)

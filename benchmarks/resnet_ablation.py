@@ -13,7 +13,8 @@ from dlfund.data.datasets import load
 from dlfund.data.loading import loaders, seed_everything
 from dlfund.data.preprocessing import fit_preprocess
 from dlfund.training.configuration import TrainConfig
-from dlfund.training.learner import EpochLogCallback, make_learner
+from dlfund.training.learner import EpochLogCallback
+from dlfund.training.runs import make_learner
 from dlfund.vision.resnet import BasicBlock, ResNet, resnet_mini
 
 SEEDS = (0, 1, 2)

@@ -423,7 +423,7 @@ def main(
     except OSError: _quiet_end()
     return status
 
-# %% ../nbs/00_shared/02_cli.ipynb #3de0ffd0
+# %% ../nbs/00_shared/02_cli.ipynb #ab0f5bb1
 def _quiet_end()->int:
     "End without a word when the program that reads our output has gone, as after `| head -1`."
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -438,6 +438,6 @@ def _explain(
     if isinstance(e, Failure): return line, e.status
     if type(e).__name__ == 'ConfigError': return line, 2
     if isinstance(e, ValueError) and type(e).__module__.startswith('dlfund'): return line, 1
-    if type(e).__name__ == 'DivergedError': return line, 1
+    if type(e).__name__ in ('DivergedError', 'LoaderError'): return line, 1
     if isinstance(e, OSError): return f'{e.strerror or line}' + (f': {e.filename}' if e.filename else ''), 1
     return f'{type(e).__name__}: {line} (--debug shows where)', 1

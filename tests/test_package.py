@@ -116,8 +116,14 @@ def dangers(tree):
     return found
 
 
+STARTERS = {'dlfund/training/distributed.py', # starts dlfund itself, once for each process of a group
+            'dlfund/training/debugging.py'} # asks git for the commit
+
+
 @pytest.mark.parametrize('path', SOURCES, ids=relative)
-def test_no_code_is_run_from_a_file(path): assert dangers(ast.parse(path.read_text(encoding='utf-8'))) == []
+def test_no_code_is_run_from_a_file(path):
+    allowed = {'subprocess'} if relative(path) in STARTERS else set()
+    assert set(dangers(ast.parse(path.read_text(encoding='utf-8')))) <= allowed
 
 
 @pytest.mark.parametrize('source', [
@@ -180,7 +186,8 @@ def test_documentation(name):
     said = {k: v for k, v in said.items() if k not in unread}
     silent = [k for k, v in said.items() if not v and k not in inherited(name)]
     assert not silent, f'{name}: no comment on {silent}'
-    hook = inspect.isfunction(thing) and (name.endswith('.__init__') or not said and '.' in thing.__qualname__)
+    is_event = name.split('.')[-1].startswith(('before_', 'after_')) # fastai's word says when a method of that name runs
+    hook = inspect.isfunction(thing) and (name.endswith('.__init__') or not said and ('.' in thing.__qualname__ or is_event))
     assert hook or inspect.getdoc(thing), f'{name}: no docstring'
 
 

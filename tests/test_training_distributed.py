@@ -5,7 +5,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import DLFUND, environment, run, start
+from conftest import environment, run, start
 
 from dlfund.training.distributed import launch
 
@@ -15,7 +15,6 @@ import json, sys, warnings
 from functools import partial
 from types import SimpleNamespace
 import numpy as np, torch
-from fastai.learner import Learner
 from fastai.metrics import F1Score, accuracy
 from fastai.optimizer import OptimWrapper
 from fastai.callback.core import Callback
@@ -26,8 +25,10 @@ from torch import nn
 from dlfund.data.loading import loaders, seed_everything
 from dlfund.training.checkpoints import KeepBestCallback
 from dlfund.training.distributed import (DistributedCallback, DistributedCheckpointCallback, gather_states, rank, shard,
-                                         start_process_group, stop_process_group, world_size)
-from dlfund.training.learner import ClipCallback, DivergedError, EMACallback, EpochLogCallback, GradNormCallback, StopOnNaN
+                                         start_process_group, stop_process_group, tell_launcher, world_size)
+from dlfund.training.metrics import AUC, as_fastai
+from dlfund.training.learner import (ClipCallback, DivergedError, EMACallback, EpochLogCallback, GradNormCallback,
+                                     QuickLearner, StopOnNaN)
 
 def data(n_train, n_valid):
     rng = np.random.default_rng(0)
@@ -38,17 +39,19 @@ def data(n_train, n_valid):
         return SimpleNamespace(x=x, y=y)
     return SimpleNamespace(name='bars', task='image-classification', train=part(n_train), valid=part(n_valid))
 
-def learner(n_train=57, n_valid=29, bs=7, strategy='ddp', cbs=(), augment=False, drop_last=False, loss_func=None):
+def learner(n_train=58, n_valid=29, bs=7, strategy='ddp', cbs=(), augment=False, loss_func=None):
     dls = loaders(data(n_train, n_valid), lambda x: x[:, None].double()/255, bs=bs, augment=augment)
-    dls.train.drop_last = drop_last
+    dls.train.drop_last = False
     seed_everything(0, dls)
     model = nn.Sequential(nn.Conv2d(1, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(),
                           nn.Linear(108, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).double()
     if rank():
         with torch.no_grad():
             for p in model.parameters(): p.fill_(7.) # rank 0's weights must win
-    learn = Learner(shard(dls), model, loss_func or nn.CrossEntropyLoss(label_smoothing=0.1), metrics=[accuracy, F1Score(average='macro')],
-                    opt_func=partial(OptimWrapper, opt=torch.optim.AdamW), cbs=[EpochLogCallback(noop), DistributedCallback(strategy), *cbs])
+    metrics = [accuracy, F1Score(average='macro'), as_fastai(AUC(positive=1))]
+    learn = QuickLearner(shard(dls), model, loss_func or nn.CrossEntropyLoss(label_smoothing=0.1), metrics=metrics,
+                         opt_func=partial(OptimWrapper, opt=torch.optim.AdamW),
+                         cbs=[EpochLogCallback(noop), DistributedCallback(strategy), *cbs])
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     return learn
@@ -79,7 +82,8 @@ def work(
 )->tuple[int, str, str]: # status, what rank 0 printed, what was said on standard error
     "Run processes of a program."
     (folder/'work.py').write_text(WORK)
-    (folder/'main.py').write_text(f'from work import *\nstart_process_group(timeout=30)\n{code}\nstop_process_group()\n')
+    (folder/'main.py').write_text(f'from work import *\nstart_process_group(timeout=30)\n'
+                                  f'{code}\nstop_process_group()\n')
     begin, err = time.monotonic(), io.StringIO()
     with open(folder/'out', 'w+') as out, redirect_stderr(err):
         status = launch(n, [folder/'main.py', folder], program=PYTHON, out=out, advice=advice)
@@ -113,7 +117,7 @@ if rank() == 0: print(json.dumps(found))'''
     for n in 1, 3:
         status, printed, err = work(tmp_path, code, n)
         assert (status, err) == (0, '')
-        results[n] = json.loads(printed)
+        results[n] = json.loads(printed.splitlines()[-1]) # before it, fastai says that it stops early
     one, three = results[1]['ddp'], results[3]
     assert [row['epoch'] for row in one['rows']] == [1, 2, 3, 1] and one['kind'] == 'Sequential'
     assert 'BatchNorm2d' in one['modules']
@@ -144,7 +148,8 @@ class Die(Callback):
             time.sleep(0.5)
             os.kill(os.getpid(), signal.SIGKILL)
 def go(name, resume=False, cbs=()):
-    extra = [ClipCallback(norm=1.), GradNormCallback(), EMACallback(0.5), DistributedCheckpointCallback(f'{{sys.argv[1]}}/{{name}}', resume, steps=2)]
+    extra = [ClipCallback(norm=1.), GradNormCallback(), EMACallback(0.5),
+             DistributedCheckpointCallback(f'{{sys.argv[1]}}/{{name}}', resume, steps=2)]
     learn = learner(strategy={strategy!r}, augment=True, cbs=[*extra, *cbs])
     learn.fit(3, 0.01)
     return outcome(learn)
@@ -156,8 +161,8 @@ else:
 if rank() == 0: print(json.dumps(found))'''
     from dlfund.training.checkpoints import read_checkpoint
     begin = time.monotonic()
-    status, printed, err = work(tmp_path, f"from dlfund.training.distributed import tell_launcher\ntell_launcher(sys.argv[1] + '/killed')\n{code}",
-                                advice=lambda run: f"{read_checkpoint(run)['step']} steps")
+    status, printed, err = work(tmp_path, f"tell_launcher(sys.argv[1] + '/killed')\n{code}", advice=lambda run:
+                                f"{read_checkpoint(run)['step']} steps")
     assert status == 1 and err == 'dlfund: process 1 of 2 died (SIGKILL); 12 steps\n', err
     whole = json.loads(printed)
     status, printed, err = work(tmp_path, code)
@@ -189,15 +194,20 @@ dist.all_reduce(torch.ones(3))'''
 
 def test_two_agents_on_one_machine(tmp_path):
     "`torchrun --nnodes 2`, both nodes here."
-    (tmp_path/'sum.py').write_text('import torch, torch.distributed as dist\n'
-                                   'from dlfund.training.distributed import rank, start_process_group, stop_process_group, world_size\n'
-                                   'start_process_group(timeout=30)\nx = torch.ones(1)\ndist.all_reduce(x)\n'
-                                   "if rank() == 0: print('sum', int(x), world_size())\nstop_process_group()\n")
+    (tmp_path/'sum.py').write_text("""
+import torch, torch.distributed as dist
+from dlfund.training.distributed import rank, start_process_group, stop_process_group
+start_process_group(timeout=30)
+x = torch.ones(1)
+dist.all_reduce(x)
+if rank() == 0: print('sum', int(x), dist.get_world_size())
+stop_process_group()
+""")
     from dlfund.training.distributed import _free_port
-    words = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--rdzv-backend', 'c10d',
+    words = [*PYTHON, '-m', 'torch.distributed.run', '--nnodes', '2', '--nproc-per-node', '1', '--rdzv-backend', 'c10d',
              '--rdzv-endpoint', f'127.0.0.1:{_free_port()}', '--rdzv-id', '7', str(tmp_path/'sum.py')]
-    agents = [subprocess.Popen(words, cwd=tmp_path, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-              for _ in range(2)]
+    pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    agents = [subprocess.Popen(words, cwd=tmp_path, env=environment(), **pipes) for _ in range(2)]
     said = [agent.communicate(timeout=60)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert any('sum 2 2' in text for text in said)
@@ -209,7 +219,8 @@ def test_train_with_a_killed_process(tmp_path):
     process = start(*words, cwd=tmp_path)
     try:
         until = time.monotonic() + 60
-        while len(list(tmp_path.glob('runs/*/checkpoints/*.safetensors'))) < 2 and time.monotonic() < until: time.sleep(0.05)
+        saved = lambda: len(list(tmp_path.glob('runs/*/checkpoints/*.safetensors')))
+        while saved() < 2 and time.monotonic() < until: time.sleep(0.05)
         children = psutil.Process(process.pid).children()
         assert len(children) == 2
         next(p for p in children if p.environ()['RANK'] == '1').kill()
@@ -217,7 +228,8 @@ def test_train_with_a_killed_process(tmp_path):
         _, err = process.communicate(timeout=30)
     finally: process.kill()
     assert time.monotonic() - begin < 15 and process.returncode == 1
-    found = re.fullmatch(r'dlfund: process 1 of 2 died \(SIGKILL\); .* go on with `dlfund train --resume (\S+) --nproc 2`\n', err)
+    found = re.fullmatch(r'dlfund: process 1 of 2 died \(SIGKILL\); .* go on with '
+                         r'`dlfund train --resume (\S+) --nproc 2`\n', err)
     assert found, err
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in children)
     ran = run('train', '--resume', found[1], '--nproc', '2', cwd=tmp_path, timeout=120)

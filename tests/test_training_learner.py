@@ -15,8 +15,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from dlfund.training.checkpoints import CheckpointCallback
-from dlfund.training.learner import (AccumulateCallback, ClipCallback, EMACallback, EpochLogCallback, GradNormCallback,
-                                     QuickLearner, StopOnNaN)
+from dlfund.training.learner import (AccumulateCallback, ClipCallback, DivergedError, EMACallback, EpochLogCallback, GradNormCallback,
+                                     QuickLearner, StopOnNaN, first_not_finite)
+from dlfund.training.precision import Precision
 
 torch.manual_seed(0)
 BATCHES = [(torch.randn(n, 7), torch.randint(0, 3, (n,))) for n in (11, 11, 11, 11, 11, 11, 5)]
@@ -100,3 +101,24 @@ def test_a_mid_fit_evaluation_leaves_the_training_alone():
             if isinstance(module, nn.Dropout): module.p = 0.0
         each.fit(2, 0.01)
     assert_close(looked.model.state_dict(), plain.model.state_dict(), rtol=0, atol=0)
+
+
+class Half(Precision):
+    "float16 on a processor that has no such instructions."
+    def check_device(self, device): "Accept every device."
+
+
+@pytest.mark.parametrize('engine', [Learner, QuickLearner])
+@pytest.mark.parametrize('mode, width', [('fp16', 1e5), ('bf16', 3.4e38)])
+def test_an_overflow_of_sixteen_bits_is_found_where_it_happens(engine, mode, width):
+    "What float32 holds and the 16-bit type does not: the second run has to be in `autocast` as the first was."
+    net = nn.Sequential(nn.Linear(7, 13), nn.Linear(13, 11), nn.ReLU(), nn.Linear(11, 3))
+    with torch.no_grad():
+        for p in net.parameters(): p.zero_()
+        net[1].bias.fill_(width)
+    batches = BATCHES[:2]
+    learn = engine(DataLoaders(batches, batches, device='cpu'), net, nn.CrossEntropyLoss(), cbs=[StopOnNaN(), Half(mode)])
+    learn.logger = noop
+    learn.remove_cb(ProgressCallback)
+    with pytest.raises(DivergedError, match=r'no step was taken yet; .*: the output of 1 \(Linear\)$'): learn.fit(1, 0.01)
+    assert first_not_finite(net, *([part] for part in batches[0])) == 'the loss itself: every layer was finite'

@@ -45,7 +45,7 @@ def group_split(
     is_held = np.isin(groups, names[:max(1, round(fraction * len(names)))])
     return np.flatnonzero(~is_held), np.flatnonzero(is_held)
 
-# %% ../../nbs/02_data/03_loading.ipynb #ea5d5141
+# %% ../../nbs/02_data/03_loading.ipynb #a738f173
 class ArrayLoader(DataLoader):
     "Batches from arrays in memory, each gathered by one indexing operation."
     def __init__(self,
@@ -55,13 +55,14 @@ class ArrayLoader(DataLoader):
         transform:Callable|None=None, # applied to the inputs of each batch
         shuffle:bool=False, # a new order every epoch
         drop_last:bool=False, # leave out a last batch that is not full
+        num_workers:int=0, # processes that gather batches; 0 for this one, which for arrays is usually faster
     ):
         if len(x) != len(y): raise ValueError(f'x and y must be as long as each other, got {len(x)} and {len(y)}')
         if not len(x): raise ValueError('x must hold at least one example, got none')
         if drop_last and len(x) < bs:
             raise ValueError(f'bs must be at most the number of examples, got bs={bs} and {len(x)} examples')
         self.x, self.y, self.transform = x, y, transform
-        super().__init__(range(len(x)), bs=bs, shuffle=shuffle, drop_last=drop_last)
+        super().__init__(range(len(x)), bs=bs, shuffle=shuffle, drop_last=drop_last, num_workers=num_workers)
     def create_batches(self,
         samps, # indices, in the order of this epoch
     ):
@@ -95,12 +96,13 @@ def shift_and_flip(
     columns = torch.where(draw(2) == 1, columns.flip(1), columns)
     return padded[torch.arange(b, device=pictures.device)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
-# %% ../../nbs/02_data/03_loading.ipynb #afa9dbec
+# %% ../../nbs/02_data/03_loading.ipynb #38ff9830
 def loaders(
     splits:Splits, # pictures with classes
     preprocess:ImagePreprocess, # fitted on the training part
     bs:int=128, # pictures in a batch
     augment:bool=False, # shift and mirror the training pictures
+    num_workers:int=0, # processes that gather the training batches, as for `ArrayLoader`
 )->DataLoaders: # of the training and the validation part
     "Make the batches that train and validate a picture classifier."
     if splits.task != 'image-classification':
@@ -108,7 +110,8 @@ def loaders(
     changed = (lambda x: preprocess(shift_and_flip(x))) if augment else preprocess
     as_tensors = lambda part: (torch.from_numpy(np.ascontiguousarray(part.x)),
                                torch.from_numpy(part.y.astype(np.int64)))
-    return DataLoaders(ArrayLoader(*as_tensors(splits.train), bs=bs, transform=changed, shuffle=True, drop_last=True),
+    return DataLoaders(ArrayLoader(*as_tensors(splits.train), bs=bs, transform=changed, shuffle=True, drop_last=True,
+                                   num_workers=num_workers),
                        ArrayLoader(*as_tensors(splits.valid), bs=2*bs, transform=preprocess))
 
 # %% ../../nbs/02_data/03_loading.ipynb #227ac0a2

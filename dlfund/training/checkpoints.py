@@ -170,7 +170,7 @@ def write_checkpoint(
     tensors, name = {}, f"step-{state['step']:09}-epoch-{state['epochs_done']}"
     return _write(Path(folder), name, _pack(state, tensors), tensors, keep)
 
-# %% ../../nbs/03_training/04_checkpoints.ipynb #5c604572
+# %% ../../nbs/03_training/04_checkpoints.ipynb #9e972f3b
 def _write(
     folder:Path, # gets the file; it is made
     name:str, # without the hash
@@ -182,7 +182,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     part = folder/f'.{name}.{os.getpid()}.part'
     try:
-        save_file(tensors, part, dict(tree=json.dumps(tree))) # in Rust: the training goes on meanwhile
+        save_file(tensors, part, dict(tree=json.dumps(tree)))
         file = folder/f'{name}-{_flushed_hash(part)}.safetensors'
         os.replace(part, file)
     except (OSError, SafetensorError) as e:
@@ -550,13 +550,15 @@ def _kept(steps, last, every):
     marks = {min((s for s in steps if s >= mark), default=None) for mark in range(0, steps[-1] + 1, every)}
     return sorted((marks - {None}) | set(steps[-last:] if last else []))
 
-# %% ../../nbs/03_training/04_checkpoints.ipynb #b66d8858
+# %% ../../nbs/03_training/04_checkpoints.ipynb #f60adc3e
 exercise('training.checkpoints.kept', _kept, cases=lambda rng: [
     ([7, 14, 21, 28, 35, 42], 2, 20), ([10, 20, 30, 40, 50], 1, 20), ([5, 50, 51, 52], 2, 10), ([3], 2, 100),
     ([6, 12, 18, 24, 30], 0, 12), (sorted(rng.choice(500, 40, replace=False).tolist()), 3, 70)], mistakes={
         'a multiple of `every` need not have been saved: the first step at or after it is kept':
             lambda steps, last, every: sorted({s for s in steps if s % every == 0}
                                               | set(steps[-last:] if last else [])),
+        'the multiples begin with 0: the first step of all is kept too':
+            lambda steps, last, every: [s for s in _kept(steps, last, every) if s != steps[0]],
         'the newest ones are kept, whatever their steps are': lambda steps, last, every: _kept(steps, 0, every),
         'with last=0 no newest one is kept: steps[-0:] is the whole list':
             lambda steps, last, every: _kept(steps, last, every) if last else list(steps)},
@@ -596,16 +598,16 @@ exercise('training.checkpoints.patience', _patience, use=_in_two, cases=lambda r
         'epochs are counted over the whole run': lambda losses, n, state=None: _forgetful(losses, n, state, 2)},
     hint='What does the next epoch have to know about all the epochs before it? Three numbers.')
 
-# %% ../../nbs/03_training/04_checkpoints.ipynb #6973abfe
+# %% ../../nbs/03_training/04_checkpoints.ipynb #5c103009
 def _overhead(interval, pause, between_failures):
-    "Share of the time that is lost, exactly: Daly 2006, eq. 13, without the time to restart."
+    "Share of the time that is lost, exactly: Daly 2006, without the time to restart."
     return 1 - interval / (between_failures * np.expm1((interval + pause) / between_failures))
 
-# %% ../../nbs/03_training/04_checkpoints.ipynb #4775cd03
+# %% ../../nbs/03_training/04_checkpoints.ipynb #1c256d43
 exercise('training.checkpoints.overhead', _overhead, cases=lambda rng: [
     (240., 2., 14400.), (3600., 2., 14400.), (30., 10., 600.), (60., 0.5, 100.)], mistakes={
         'this is the rule of the page, which holds for short intervals only': lambda t, c, m: c/t + t/(2*m),
         'the pause is lost as well, not work that was done': lambda t, c, m: 1 - (t + c) / (m * np.expm1((t + c) / m)),
         'the time to get an interval done is longer than its work: the share must lie between 0 and 1':
             lambda t, c, m: 1 - m * np.expm1((t + c) / m) / t},
-    hint='Only the interval is progress; the expected time is given.')
+    hint='A try lasts M (1 - exp(-u)) seconds on average, with u = (T + C)/M. After a failure, E begins again.')

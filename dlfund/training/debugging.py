@@ -56,7 +56,7 @@ VARIABLES = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'MKL_CBWR', 'OMP_WAIT_POLICY'
              'CUBLAS_WORKSPACE_CONFIG', 'CUDA_VISIBLE_DEVICES', 'CUDA_LAUNCH_BLOCKING', 'ONEDNN_MAX_CPU_ISA')
 
 
-def _version(name:str)->str|None: # of an installed package
+def _version_of(name:str)->str|None: # of an installed package
     "The version of a package, or nothing."
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
@@ -89,7 +89,7 @@ def environment(
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     changed = _git('status', '--porcelain', '--untracked-files=no')
     return dict(python=platform.python_version(), system=f'{platform.system()} {platform.machine()}',
-                packages={name: _version(name) for name in PACKAGES}, torch_build=built,
+                packages={name: _version_of(name) for name in PACKAGES}, torch_build=built,
                 machine=dict(cpu=_cpu_name(), cores=os.cpu_count(), gpus=gpus), switches=_switches(),
                 variables={name: os.environ[name] for name in VARIABLES if name in os.environ},
                 git=dict(commit=_git('rev-parse', 'HEAD'), changed=None if changed is None else bool(changed)),
@@ -815,7 +815,7 @@ class MarkCallback(Callback):
     def after_step(self): self._note('after_step')
     def after_batch(self): self._note('after_batch')
 
-# %% ../../nbs/03_training/10_debugging.ipynb #70a2d59b
+# %% ../../nbs/03_training/10_debugging.ipynb #f6ce9b88
 def step_spans(
     marks:list, # `(event, is_last, seconds)`, in the order in which they were noted
 )->list[tuple]: # `(step, phase, start, end)`, seconds; step 0 is the first that was seen whole
@@ -823,7 +823,7 @@ def step_spans(
     spans, step = [], -1
     for (event, was_last, start), (following, is_last, end) in zip(marks, marks[1:]):
         if event == 'after_batch' and was_last: step += 1
-        phase = 'callbacks' if event == following else PHASES.get((event, following), 'callbacks')
+        phase = PHASES.get((event, following), 'callbacks')
         if step >= 0: spans.append((step, phase, start, end))
     return [span for span in spans if span[0] < step]
 

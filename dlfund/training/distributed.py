@@ -8,8 +8,8 @@ __all__ = ['PROGRAM', 'ring_steps', 'ring_all_reduce', 'rank', 'world_size', 'st
            'convert_sync_batchnorm', 'broadcast_state', 'gather_states', 'agree', 'DistributedCallback', 'shard_model',
            'DistributedCheckpointCallback']
 
-# %% ../../nbs/03_training/09_distributed.ipynb #cb79dec8
-import copy, math, os, random, re, signal, socket, subprocess, sys, tempfile, threading, time
+# %% ../../nbs/03_training/09_distributed.ipynb #8dcca321
+import copy, gc, math, os, random, re, signal, socket, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -70,7 +70,7 @@ def world_size()->int: # at least 1
     "Number of processes in the group."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-# %% ../../nbs/03_training/09_distributed.ipynb #37e6f429
+# %% ../../nbs/03_training/09_distributed.ipynb #dcd903af
 def start_process_group(
     timeout:float=600., # seconds after which a process that waits for another one fails
     backend:str|None=None, # 'gloo' or 'nccl'; by default nccl on machines with CUDA
@@ -90,10 +90,13 @@ def start_process_group(
 
 
 def stop_process_group()->None:
-    "Leave the group when all have come so far: one that leaves early may abort the others."
+    "Leave the group when all have come so far."
     if not dist.is_available() or not dist.is_initialized(): return
     dist.barrier()
+    gc.collect() # a wrapped model that is left over holds the group, whose threads then abort the process at its end
+    number = rank()
     dist.destroy_process_group()
+    if 'DLFUND_TOLD' in os.environ: Path(os.environ['DLFUND_TOLD']).with_name(f'left-{number}').touch()
 
 # %% ../../nbs/03_training/09_distributed.ipynb #419558b7
 def _end_with_launcher()->None:
@@ -106,7 +109,7 @@ def _device()->torch.device: # whose tensors the group can send
     "Where tensors must be to be sent."
     return torch.device('cuda' if dist.get_backend() == 'nccl' else 'cpu')
 
-# %% ../../nbs/03_training/09_distributed.ipynb #89113645
+# %% ../../nbs/03_training/09_distributed.ipynb #4dbfaa92
 PROGRAM = (sys.executable, '-c', 'import sys; from dlfund.cli import main; sys.exit(main())') # `dlfund`, by this Python
 
 
@@ -127,18 +130,14 @@ def _start(
     "Start one process of a group."
     env = os.environ | variables | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(nproc),
                                         LOCAL_WORLD_SIZE=str(nproc), DLFUND_LAUNCHER=str(os.getpid()))
-    return subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL if rank else out, stderr=subprocess.PIPE,
-                            text=True, errors='replace', start_new_session=True)
+    process = subprocess.Popen(words, env=env, stdout=subprocess.DEVNULL if rank else out, stderr=subprocess.PIPE,
+                               text=True, errors='replace', start_new_session=True)
+    process.left = Path(variables['DLFUND_TOLD']).with_name(f'left-{rank}') # made by `stop_process_group`
+    return process
 
-
-def _free_port()->int: # on this machine
-    "Find a port for the processes to meet at."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-# %% ../../nbs/03_training/09_distributed.ipynb #5bee6161
-_COLLATERAL = re.compile('Connection (closed|reset|refused)|Broken pipe|gloo|ProcessGroup|TCPStore|NCCL|c10d|Timed out')
+# %% ../../nbs/03_training/09_distributed.ipynb #f23afd91
+_COLLATERAL = re.compile('Connection (closed|reset|refused)|Broken pipe|gloo|ProcessGroup|TCPStore|NCCL|c10d|Timed out|'
+                         'terminate called without')
 _TRACEBACK = re.compile(r'(\[rank\d+\]: )?Traceback')
 
 
@@ -164,26 +163,33 @@ class _Relay:
         "Say at last what was held back, if it is about the cause."
         for thread in self.threads: thread.join(5)
         for r, lines in enumerate(self.held):
-            if r != cause and any(map(_COLLATERAL.search, lines)): continue
+            if any(map(_COLLATERAL.search, lines)) and (r != cause or self.passed): continue
             for line in lines: self.pass_on(r, line)
         return sum(self.passed.values())
 
-# %% ../../nbs/03_training/09_distributed.ipynb #c91a231c
+# %% ../../nbs/03_training/09_distributed.ipynb #b60ed999
+def _status(
+    process:subprocess.Popen, # of a group
+)->int|None: # its exit status; None while it runs
+    "Take the abort of a process that had left its group for what it is: the last words of the group's threads."
+    status = process.poll()
+    return 0 if status == -signal.SIGABRT and process.left.exists() else status
+
+
 def _wait(
     processes:list[subprocess.Popen], # of one group
     grace:float, # seconds for the others when one has failed
 )->int|None: # rank of the process that failed first
     "Wait until all have ended, or one has failed."
-    while any(p.poll() is None for p in processes):
-        if any(p.returncode for p in processes): break
+    while None in (found := list(map(_status, processes))) and not any(found): time.sleep(0.05)
+    first, until = [r for r, status in enumerate(found) if status], time.monotonic() + grace/2
+    while any(found) and None in found and time.monotonic() < until:
         time.sleep(0.05)
-    until = time.monotonic() + grace/2
-    failed = [r for r, p in enumerate(processes) if p.returncode]
-    while failed and time.monotonic() < until and any(p.poll() is None for p in processes): time.sleep(0.05)
-    killed = [r for r, p in enumerate(processes) if p.returncode is not None and p.returncode < 0]
-    return (killed or failed or [None])[0]
+        found = list(map(_status, processes))
+    killed = [r for r, status in enumerate(found) if status and status < 0]
+    return (killed or first or [None])[0]
 
-
+# %% ../../nbs/03_training/09_distributed.ipynb #c8223d37
 def _end(
     processes:list[subprocess.Popen], # of one group
     grace:float, # seconds from a polite end to a forced one
@@ -197,7 +203,7 @@ def _end(
         if p.poll() is None: p.kill()
         p.wait()
 
-# %% ../../nbs/03_training/09_distributed.ipynb #1e58603a
+# %% ../../nbs/03_training/09_distributed.ipynb #9f664af9
 @contextmanager
 def _signals_to(
     processes:list[subprocess.Popen], # of one group
@@ -212,7 +218,14 @@ def _signals_to(
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/03_training/09_distributed.ipynb #485fad0e
+
+def _free_port()->int: # on this machine
+    "Find a port for the processes to meet at."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+# %% ../../nbs/03_training/09_distributed.ipynb #9f47fe4f
 def launch(
     nproc:int, # processes; at least 1
     words, # of the command line of each, after `program`
@@ -237,7 +250,7 @@ def launch(
         if cause is None: return 0
         status = processes[cause].returncode
         how = f'died ({signal.Signals(-status).name})' if status < 0 else f'ended with status {status}'
-        more = advice(told.read_text(encoding='utf-8')) if advice and told.exists() else ''
+        more = advice(told.read_text(encoding='utf-8')) if advice and status < 0 and told.exists() else ''
         if status < 0 or not n_lines:
             print(f'dlfund: process {cause} of {nproc} {how}' + (f'; {more}' if more else ''), file=sys.stderr)
         return max(status, 1)
@@ -255,7 +268,7 @@ def part_of(
     begin = rank*size + min(rank, n_larger)
     return slice(begin, begin + size + (rank < n_larger))
 
-# %% ../../nbs/03_training/09_distributed.ipynb #22635263
+# %% ../../nbs/03_training/09_distributed.ipynb #df0bfea2
 class ShardedLoader(ArrayLoader):
     "The batches of an `ArrayLoader`, of each of which this process gets its part."
     def __init__(self,
@@ -285,7 +298,16 @@ class ShardedLoader(ArrayLoader):
         n = min(self.bs, self.n - i*self.bs)
         mine = part_of(n, self.rank, self.n_ranks)
         return mine.stop - mine.start, n
-    def to_detach(self, b, cpu=True, gather=True): return to_detach(b, cpu, gather=False)
+
+# %% ../../nbs/03_training/09_distributed.ipynb #0ae5304f
+@patch
+def to_detach(self:ShardedLoader,
+    b, # tensors
+    cpu:bool=True, # bring them to the CPU
+    gather:bool=True, # asked for by fastai, and not done
+):
+    "Detach tensors, and leave each process its own."
+    return to_detach(b, cpu, gather=False)
 
 # %% ../../nbs/03_training/09_distributed.ipynb #4bf2c766
 def shard(
@@ -501,7 +523,7 @@ def _reduce(self:DistributedCallback,
     everyones = gather_states({str(i): _metric_state(m) for i, m in enumerate(metrics)})
     for i, metric in enumerate(metrics): _merge_metric(metric, [state[str(i)] for state in everyones])
 
-# %% ../../nbs/03_training/09_distributed.ipynb #e32b1bdf
+# %% ../../nbs/03_training/09_distributed.ipynb #b5481132
 @patch
 def _check(self:DistributedCallback)->None:
     "Refuse what would hang or give other numbers than one process."
@@ -512,6 +534,8 @@ def _check(self:DistributedCallback)->None:
     for m in self.learn.metrics:
         if not isinstance(m, (AvgMetric, AvgLoss, AccumMetric)) and not hasattr(getattr(m, 'metric', None), 'merge'):
             raise ValueError(f'a metric must be one whose parts can be put together, got {m.name}: see as_fastai')
+        if getattr(m, 'sync', None) is not None:
+            raise ValueError(f'the callback puts metrics together, got sync={m.sync!r} for {m.name}: leave it out')
     last = len(self.dls.train) - 1
     if self.learn.recorder.train_metrics and self.dls.train.share(last)[1] < world_size():
         raise ValueError(f'with train_metrics each process must have an example of every batch, got '
@@ -659,7 +683,7 @@ def _unwrap_sharded(self:DistributedCallback)->None:
     self._plain_opt.load_state_dict(self.opt.state_dict())
     self.learn.opt, self._plain_opt = self._plain_opt, None
 
-# %% ../../nbs/03_training/09_distributed.ipynb #8573fd09
+# %% ../../nbs/03_training/09_distributed.ipynb #ad8e751f
 class DistributedCheckpointCallback(CheckpointCallback):
     "`CheckpointCallback` for several processes: rank 0 decides, reads and writes; the states are everyone's."
     name = 'checkpoint' # of `learn.checkpoint`, as in one process
@@ -672,16 +696,19 @@ class DistributedCheckpointCallback(CheckpointCallback):
         if not self.training: return
         is_old = self._seconds and time.monotonic() - self._saved_at >= self._seconds
         if agree(is_old or self._steps and self.train_iter % self._steps == 0): self.save(self.epoch, self.iter + 1)
-    def save(self,
-        epochs_done:int, # whole epochs
-        n_batches:int, # batches done of the epoch after them
-    )->None:
-        "Copy the state of all processes, and let rank 0 write the copy in the background."
-        is_free = self._thread is None or not self._thread.is_alive()
-        if n_batches and not agree(is_free): return
-        super().save(epochs_done, n_batches)
 
-# %% ../../nbs/03_training/09_distributed.ipynb #16dcdf5d
+# %% ../../nbs/03_training/09_distributed.ipynb #59401d78
+@patch
+def save(self:DistributedCheckpointCallback,
+    epochs_done:int, # whole epochs
+    n_batches:int, # batches done of the epoch after them
+)->None:
+    "Copy the state of all processes, and let rank 0 write the copy in the background."
+    is_free = self._thread is None or not self._thread.is_alive()
+    if n_batches and not agree(is_free): return
+    super(DistributedCheckpointCallback, self).save(epochs_done, n_batches)
+
+# %% ../../nbs/03_training/09_distributed.ipynb #983ed7b0
 @patch
 def random_state(self:DistributedCheckpointCallback)->dict: # `ranks`: the states of each
     "Every random state of every process."
@@ -699,7 +726,7 @@ def load_random_state(self:DistributedCheckpointCallback,
                               f'use --nproc {n}')
     super(DistributedCheckpointCallback, self).load_random_state(state['ranks'][rank()])
 
-
+# %% ../../nbs/03_training/09_distributed.ipynb #845deb36
 @patch
 def _others(self:DistributedCheckpointCallback)->dict:
     "As in one process, with whole tensors."

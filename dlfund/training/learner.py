@@ -7,8 +7,9 @@ __all__ = ['BATCH_EVENTS', 'CANCELS', 'SHORTCUTS', 'EpochLogCallback', 'predict_
            'DivergedError', 'StopOnNaN', 'overfit_one_batch', 'AccumulateCallback', 'GradNormCallback', 'ClipCallback',
            'EMACallback', 'copy_state', 'average', 'QuickLearner', 'get_hyper', 'set_hyper']
 
-# %% ../../nbs/03_training/01_learner.ipynb #5b729353
+# %% ../../nbs/03_training/01_learner.ipynb #15e824c9
 import copy, functools, math, time
+from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 
@@ -110,19 +111,21 @@ def first_not_finite(
         for hook in hooks: hook.remove()
     return 'the loss itself: every layer was finite'
 
-# %% ../../nbs/03_training/01_learner.ipynb #4c231104
+# %% ../../nbs/03_training/01_learner.ipynb #0aab114d
 class DivergedError(RuntimeError):
     "A training whose loss is no longer a number."
 
 
 class StopOnNaN(Callback):
     "End the training at a loss that is NaN or infinite, before it reaches the weights, and say where it comes from."
-    order, run_valid = -6, False # before `Precision` leaves autocast, so that the second run is computed as the first
+    order, run_valid = -6, False # before fastai's `MixedPrecision` leaves its autocast
     def after_loss(self):
         learn = self.learn
         if not len(learn.yb) or math.isfinite(loss := learn.loss.item()): return
-        where = first_not_finite(learn.model, learn.xb, learn.yb)
+        with next((cb.autocast() for cb in learn.cbs if hasattr(type(cb), 'autocast')), nullcontext()):
+            where = first_not_finite(learn.model, learn.xb, learn.yb)
         advice = 'lower train.lr (a third is a good next try)'
+        if not learn.epoch and not learn.iter: advice = 'look at model and loss, since no step was taken yet'
         if where in ('the input', 'the target'): advice = 'look at the data'
         raise DivergedError(f'the training loss must stay finite, got {loss} in epoch {learn.epoch + 1}, '
                             f'batch {learn.iter + 1} at learning rate {learn.opt.hypers[-1]["lr"]:.2g}: '
@@ -255,7 +258,7 @@ def average(
         if name not in mixed: averages[name].copy_(v)
     torch._foreach_lerp_([averages[name] for name in mixed], [state[name] for name in mixed], 1 - decay)
 
-# %% ../../nbs/03_training/01_learner.ipynb #594d2ee1
+# %% ../../nbs/03_training/01_learner.ipynb #b1bc5689
 BATCH_EVENTS = frozenset('before_batch after_pred after_loss before_backward after_cancel_backward after_backward '
                          'before_step after_step after_cancel_batch after_batch'.split())
 CANCELS = (CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
@@ -272,7 +275,9 @@ class QuickLearner(Learner):
     ):
         self._forget()
         super().__init__(*args, **kwargs)
-    def __call__(self, event_name):
+    def __call__(self,
+        event_name, # of one event, or a list of them
+    ):
         if isinstance(event_name, str): self._call_one(event_name)
         else: super().__call__(event_name)
     def _forget(self): self._plans, self._batch_facts = {}, None
@@ -375,7 +380,7 @@ def set_hyper(
     for group, v in zip(opt.opt.param_groups, values):
         group[key] = tuple(v if n == int(i) else old for n, old in enumerate(group[key])) if i else v
 
-# %% ../../nbs/03_training/01_learner.ipynb #b1a2ec14
+# %% ../../nbs/03_training/01_learner.ipynb #b0301878
 @functools.lru_cache(maxsize=64)
 def _quick_schedule(
     schedule, # of a hyperparameter: position, 0 to 1 → value
@@ -385,7 +390,7 @@ def _quick_schedule(
     made_of = dict(zip(schedule.__code__.co_freevars, (cell.cell_contents for cell in schedule.__closure__)))
     bounds, parts, last = list(made_of['pcts'].numpy()), made_of['scheds'], made_of['pct_lim']
     def quick(position):
-        position = np.float32(position)
+        position = np.float32(position) # NumPy before 2 would go on in float64
         i = min(max(j for j, bound in enumerate(bounds) if position >= bound), last)
         return parts[i](float((position - bounds[i]) / (bounds[i + 1] - bounds[i])))
     return quick

@@ -210,7 +210,7 @@ class ClassScore(ConfusionMatrix):
         self.name = kind if average is None else f'{average}_{kind}'
     def finish(self): return class_scores(self.counts, self.average, self.empty)[self.kind]
 
-# %% ../../nbs/03_training/02_metrics.ipynb #ff5077cd
+# %% ../../nbs/03_training/02_metrics.ipynb #22e7d4e3
 def ranked_counts(
     scores:Tensor, # `(n,)`, higher means more likely positive
     target:Tensor, # 0 or 1 `(n,)`
@@ -228,10 +228,10 @@ def ranked_counts(
 
 def _area(tp, fp, kind):
     "@eq-auc from cumulative counts of a descending order."
-    need = dict(roc=('both classes', min), pr=('a positive', lambda p, n: p))[kind]
     p, n = (int(c[-1]) if len(c) else 0 for c in (tp, fp))
-    if not need[1](p, n):
-        raise ValueError(f'the area under {kind} needs {need[0]}, got {p} positives and {n} negatives')
+    if not p or (kind == 'roc' and not n):
+        need = 'both classes' if kind == 'roc' else 'a positive'
+        raise ValueError(f'the area under {kind} needs {need}, got {p} positives and {n} negatives')
     dtp, dfp = (c.diff(prepend=c.new_zeros(1)) for c in (tp, fp))
     if kind == 'roc': return (dfp*(2*tp - dtp)).sum().double() / (2*p*n) # the sum is an exact integer
     return (dtp*tp.double() / (tp + fp).clamp(min=1)).sum() / p
@@ -281,7 +281,7 @@ def _double(x):
     "In `float64`, on the CPU where the device has none."
     return x.detach().to(torch.device('cpu') if x.device.type == 'mps' else x.device, torch.float64)
 
-# %% ../../nbs/03_training/02_metrics.ipynb #bd78ac3d
+# %% ../../nbs/03_training/02_metrics.ipynb #4866a9d1
 class BinnedAUC(Metric):
     "Area under the ROC or precision-recall curve from histograms of probabilities: small, and approximate."
     def __init__(self,
@@ -297,7 +297,8 @@ class BinnedAUC(Metric):
         pred, target = _one_against_rest(pred, target, None)
         if len(pred) and not 0 <= pred.min() <= pred.max() <= 1:
             raise ValueError(f'scores to be binned must be from 0 to 1, got {pred.min():.3g} to {pred.max():.3g}')
-        both = target*self.n_bins + _bins(pred, self.n_bins)
+        bins = _bins(pred, self.n_bins)
+        both = target.to(bins.device)*self.n_bins + bins
         counts = both.bincount(minlength=2*self.n_bins).unflatten(0, (2, self.n_bins))
         return dict(n=counts.sum(), counts=counts)
     def finish(self):
@@ -602,7 +603,7 @@ def by_class(self:DetectionMAP)->Tensor: # `(n_classes, n_thresholds)`, NaN for 
         table[c] = falling.T.gather(1, at).mean(1)
     return table
 
-# %% ../../nbs/03_training/02_metrics.ipynb #c3e4fa64
+# %% ../../nbs/03_training/02_metrics.ipynb #9a2adb97
 class MetricAdapter(FastaiMetric):
     "A `Metric` as fastai's `Learner` wants it."
     def __init__(self,
@@ -611,7 +612,9 @@ class MetricAdapter(FastaiMetric):
     ):
         self.metric, self.sync = metric, sync
     def reset(self): self.metric.reset()
-    def accumulate(self, learn): self.metric.update(learn.pred, *learn.yb)
+    def accumulate(self,
+        learn, # fastai's learner, after a batch
+    ): self.metric.update(learn.pred, *learn.yb)
     @property
     def value(self):
         found = (self.metric if self.sync is None else self.sync(self.metric)).compute()

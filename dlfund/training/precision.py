@@ -95,13 +95,15 @@ class LossScaler:
         elif self.n_good == self.interval: self.scale, self.n_good = self.scale * 2, 0
         return good
 
-# %% ../../nbs/03_training/03_precision.ipynb #4247444f
+# %% ../../nbs/03_training/03_precision.ipynb #3c1076d7
 MODES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16) # what `Precision` can be asked for
 
 
-def _has(*names):
-    "Whether an x86 CPU has one of these instructions; of others oneDNN knows."
-    can = torch.cpu.get_capabilities()
+def _cpu_has(dtype, *names):
+    "Whether oneDNN accepts 'bf16' or 'fp16' and, on x86, the CPU has one of these instructions."
+    if not torch.backends.mkldnn.is_available(): return False
+    if not getattr(torch.ops.mkldnn, f'_is_mkldnn_{dtype}_supported')(): return False
+    can = getattr(torch.cpu, 'get_capabilities', dict)() # an older PyTorch cannot list them
     return can.get('architecture') != 'x86_64' or any(can.get(name) for name in names)
 
 
@@ -112,16 +114,16 @@ def has_bf16(
     kind = torch.device(device).type
     if kind == 'cuda': return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == 'mps': return torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
-    return kind == 'cpu' and torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has('avx512_bf16', 'amx_bf16')
+    return kind == 'cpu' and _cpu_has('bf16', 'avx512_bf16', 'amx_bf16')
 
-# %% ../../nbs/03_training/03_precision.ipynb #82cdd15f
+# %% ../../nbs/03_training/03_precision.ipynb #595b072f
 def has_fp16(
     device:torch.device|str, # where the model is
 )->bool: # whether float16 is computed by the hardware, and its gradients can be scaled
     "Find out whether `device` trains in float16."
     kind = torch.device(device).type
     if kind == 'cuda': return torch.cuda.is_available()
-    return kind == 'cpu' and torch.ops.mkldnn._is_mkldnn_fp16_supported() and _has('avx512_fp16', 'amx_fp16')
+    return kind == 'cpu' and _cpu_has('fp16', 'avx512_fp16', 'amx_fp16')
 
 
 def supported(
@@ -155,7 +157,7 @@ class Precision(Callback):
         if self.mode != 'fp32': self.learn.pred = to_float(self.pred)
     def after_cancel_batch(self): self.disarm()
 
-# %% ../../nbs/03_training/03_precision.ipynb #332ba64a
+# %% ../../nbs/03_training/03_precision.ipynb #34b5fa6d
 @patch
 def check_device(self:Precision,
     device:torch.device, # where the model is
@@ -179,9 +181,9 @@ def arm(self:Precision)->None:
     "Let the next call of the model run inside `autocast`."
     self.disarm()
     self._saved = self.learn.model, vars(self.learn.model).get('forward')
-    self.learn.model.forward = self.run
+    self.learn.model.forward = self.run_model
 
-# %% ../../nbs/03_training/03_precision.ipynb #7b83b6d0
+# %% ../../nbs/03_training/03_precision.ipynb #c517bddb
 @patch
 def disarm(self:Precision)->None:
     "Give the model its own `forward` back."
@@ -192,7 +194,7 @@ def disarm(self:Precision)->None:
 
 
 @patch
-def run(self:Precision, *args, **kwargs):
+def run_model(self:Precision, *args, **kwargs):
     "Run the model once inside `autocast`; the first time, look at the activations."
     model = self._saved[0]
     self.disarm()

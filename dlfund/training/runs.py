@@ -169,7 +169,7 @@ def check_splits(
     if bs > len(splits.train):
         raise ConfigError(f'data.bs must be at most the {len(splits.train)} training examples, got {bs}')
 
-# %% ../../nbs/03_training/07_runs.ipynb #824ca6b8
+# %% ../../nbs/03_training/07_runs.ipynb #9dc76659
 def experiment_learner(
     experiment:Experiment, # what to do
     splits:Splits, # its data
@@ -181,7 +181,10 @@ def experiment_learner(
     "Build loaders, model and engine of an experiment, in the order that makes it repeatable."
     check_splits(splits, experiment.data.bs)
     cbs = make_callbacks(experiment.callbacks)
-    dls = loaders(splits, preprocess, experiment.data.bs, experiment.data.augment)
+    workers = 0 if experiment.data.workers == 'auto' else experiment.data.workers # arrays are best read where they are
+    if workers and world_size() > 1:
+        raise ConfigError(f"data.workers must be 0 or 'auto' with several processes, got {workers}")
+    dls = loaders(splits, preprocess, experiment.data.bs, experiment.data.augment, workers)
     if world_size() > 1: dls = shard(dls)
     seed_everything(experiment.train.seed, dls)
     model = build(experiment.model.name, n_classes=len(splits.labels), n_channels=preprocess.n_channels,
@@ -215,7 +218,7 @@ def train_experiment(
     fit(learn, experiment.train, cbs)
     return learn
 
-# %% ../../nbs/03_training/07_runs.ipynb #1bb40053
+# %% ../../nbs/03_training/07_runs.ipynb #0a22e703
 def train_run(
     run:RunFolder, # locked by the caller
     learn:Learner, # from `experiment_learner`
@@ -223,13 +226,15 @@ def train_run(
     strategy:str='ddp', # how several processes share the work: `ddp` or `fsdp`
 )->list[dict]: # one row an epoch
     "Train in a folder, with checkpoints and trackers."
+    from dlfund.training.debugging import watched # says so when a process that loads data dies
     kept, stop, is_alone = run.experiment.checkpoint, StopSignalCallback(), world_size() == 1
     about = {key: value for key, value in flat(run.experiment).items() if key.split('.')[0] not in ASIDE}
     kind = CheckpointCallback if is_alone else DistributedCheckpointCallback
     checkpoint = kind(run.checkpoints, resume, kept.seconds, kept.steps, kept.keep, about)
     tracking = _tracking(run)
     cbs = [*tracking, checkpoint, stop if is_alone else DistributedCallback(strategy)]
-    try: history = fit(learn, run.experiment.train, cbs)
+    try:
+        with watched(learn.dls.train): history = fit(learn, run.experiment.train, cbs)
     finally:
         stop.restore()
         for cb in tracking: cb.finish('failed') # nothing, if it has finished
@@ -237,7 +242,7 @@ def train_run(
     if rank() == 0: write_atomically(run.history, lambda f: f.write(json.dumps(history, indent=1).encode()))
     return history
 
-
+# %% ../../nbs/03_training/07_runs.ipynb #8e3a7452
 def _tracking(
     run:RunFolder, # whose trackers are wanted
 )->list[Callback]: # none or one

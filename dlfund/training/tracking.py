@@ -83,7 +83,7 @@ def to_png(
     Image.fromarray(picture).save(file, 'png')
     return file.getvalue()
 
-# %% ../../nbs/03_training/06_tracking.ipynb #066b167e
+# %% ../../nbs/03_training/06_tracking.ipynb #4a8e966d
 TABLES = """
 CREATE TABLE IF NOT EXISTS about (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS texts (name TEXT PRIMARY KEY, text TEXT);
@@ -105,21 +105,21 @@ class LocalTracker(Tracker):
         self.file, self.seconds, self.journal, self.limit = Path(folder)/'metrics.sqlite', seconds, journal, limit
         self.db, self.waiting, self.lock = None, [], FileLock(self.file.with_name('.metrics.lock'), thread_local=False)
     def scalars(self, step, values):
-        for name, value in values.items(): self.put('scalars', step, name, float(value))
+        self.put('scalars', *[(step, name, float(value)) for name, value in values.items()])
     def histogram(self, step, name, values):
-        self.put('histograms', step, name, *(json.dumps(part.tolist()) for part in count_values(values)))
-    def image(self, step, name, picture): self.put('images', step, name, to_png(picture))
-    def text(self, name, text): self.put('texts', name, text)
+        self.put('histograms', (step, name, *(json.dumps(part.tolist()) for part in count_values(values))))
+    def image(self, step, name, picture): self.put('images', (step, name, to_png(picture)))
+    def text(self, name, text): self.put('texts', (name, text))
 
-# %% ../../nbs/03_training/06_tracking.ipynb #253776b3
+# %% ../../nbs/03_training/06_tracking.ipynb #d51b06fe
 @patch
 def put(self:LocalTracker,
     table:str, # one of `TABLES`
-    *row, # its columns
+    *rows, # tuples of its columns, to be committed together
 )->None:
-    "Let a row wait for the next commit, which comes when the last one is old."
+    "Let rows wait for the next commit, which comes when the last one is old."
     if self.db is None: raise ValueError(f'a tracker must be started before it is told anything, got {table}')
-    self.waiting.append((f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?'*len(row))})", row))
+    self.waiting += [(f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?'*len(row))})", row) for row in rows]
     if time.monotonic() - self.committed >= self.seconds: self.flush()
 
 
@@ -142,7 +142,7 @@ def about(self:LocalTracker,
     "Write facts down, within the transaction that is open."
     self.db.executemany('INSERT OR REPLACE INTO about VALUES (?, ?)', [(k, json.dumps(v)) for k, v in facts.items()])
 
-# %% ../../nbs/03_training/06_tracking.ipynb #daadc7c6
+# %% ../../nbs/03_training/06_tracking.ipynb #cf234f90
 @patch
 def start(self:LocalTracker, run):
     "Take the run's lock, open its file, and drop what an earlier process wrote after `resumed_from`."
@@ -155,9 +155,11 @@ def start(self:LocalTracker, run):
         self.close()
         raise
 
-
+# %% ../../nbs/03_training/06_tracking.ipynb #7a65c382
 @patch
-def begin(self:LocalTracker, run):
+def begin(self:LocalTracker,
+    run:dict, # as `start` gets it
+):
     "Open the file and write down what runs."
     self.db = sqlite3.connect(self.file, timeout=5, check_same_thread=False)
     self.db.execute(f'PRAGMA journal_mode={self.journal}')
@@ -281,7 +283,7 @@ def tell(self:SafeTracker,
     except queue.Full: return self.drop(f'does not keep up ({self.limit} notes are waiting)')
     self.warn()
 
-# %% ../../nbs/03_training/06_tracking.ipynb #cc3ae0b2
+# %% ../../nbs/03_training/06_tracking.ipynb #271a978c
 @patch
 def work(self:SafeTracker,
     todo:queue.Queue, # of calls
@@ -293,7 +295,8 @@ def work(self:SafeTracker,
         try: method, args, _ = todo.get(timeout=1)
         except queue.Empty: method, args = ('finish', (self.closing,)) if self.closing else ('flush', ())
         try:
-            getattr(self.tracker, method)(*args)
+            if method == 'settled': args[0].set()
+            else: getattr(self.tracker, method)(*args)
             if method == 'start': self.is_off = False
         except BaseException as e: # a thread has nobody else to tell
             self.trouble = self.trouble or f'failed in {method} ({type(e).__name__}: {str(e)[:200]})'
@@ -302,7 +305,7 @@ def work(self:SafeTracker,
         finally: ready.set()
     ready.set()
 
-
+# %% ../../nbs/03_training/06_tracking.ipynb #132fe932
 @patch
 def start(self:SafeTracker, run):
     "Start the tracker, and wait for it no longer than `patience`."
@@ -314,11 +317,21 @@ def start(self:SafeTracker, run):
         if not ready.wait(self.patience): self.trouble = f'did not start within {self.patience:g} seconds'
     self.warn()
 
-# %% ../../nbs/03_training/06_tracking.ipynb #136b33c1
+
 @patch
 def flush(self:SafeTracker): self.tell('flush')
 
+# %% ../../nbs/03_training/06_tracking.ipynb #e8e058fe
+@patch
+def settle(self:SafeTracker)->None:
+    "Wait, no longer than `patience`, until all that was told so far is safe."
+    if self.is_off: return
+    done = threading.Event()
+    self.tell('flush')
+    self.tell('settled', done)
+    done.wait(self.patience)
 
+# %% ../../nbs/03_training/06_tracking.ipynb #54333627
 @patch
 def finish(self:SafeTracker, status='finished'):
     "End the tracker, and wait for what is queued no longer than `patience`."
@@ -332,7 +345,7 @@ def finish(self:SafeTracker, status='finished'):
     self.thread = None
     self.warn()
 
-# %% ../../nbs/03_training/06_tracking.ipynb #7f3c4a1c
+# %% ../../nbs/03_training/06_tracking.ipynb #05af5d59
 def activation_stats(
     a:Tensor, # activations `(batch, ..., units)`, or maps `(batch, units, height, width)`
 )->Tensor: # mean, sd, share of zeros, share of dead units: `(4,)`
@@ -341,11 +354,12 @@ def activation_stats(
     unit = 1 if a.ndim >= 4 else a.ndim - 1
     others = [d for d in range(a.ndim) if d != unit]
     zeros = (a == 0).sum(others) # (units,)
-    var, mean = torch.var_mean(a.float(), correction=0)
-    n = a.numel() // a.shape[unit]
-    return torch.stack([mean, var.sqrt(), zeros.sum() / a.numel(), (zeros == n).float().mean()])
+    mean = a.mean(dtype=torch.float32)
+    sd = (a.float() - mean).square_().mean().sqrt() # on a CPU far faster than torch.var_mean
+    is_dead = zeros == a.numel() // a.shape[unit]
+    return torch.stack([mean, sd, zeros.sum() / a.numel(), is_dead.float().mean()])
 
-# %% ../../nbs/03_training/06_tracking.ipynb #b379b963
+# %% ../../nbs/03_training/06_tracking.ipynb #a54bfcab
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
                nn.Sigmoid, nn.Softplus, nn.Hardswish)
 
@@ -370,16 +384,16 @@ def summary(
     n_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return '\n'.join([*lines, f'{n_all:,} parameters, {n_trained:,} of them trained'])
 
-
+# %% ../../nbs/03_training/06_tracking.ipynb #685bbf5b
 def memory_use()->float: # MiB
     "Memory that this process occupies now, where the system tells; else the most it ever occupied, or NaN."
-    if importlib.util.find_spec('psutil'): return importlib.import_module('psutil').Process().memory_info().rss / 2**20
     try: return int(Path('/proc/self/statm').read_text().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
     except OSError: pass
+    if importlib.util.find_spec('psutil'): return importlib.import_module('psutil').Process().memory_info().rss / 2**20
     try: return importlib.import_module('resource').getrusage(0).ru_maxrss / 2**20 # macOS counts bytes
     except ImportError: return math.nan
 
-# %% ../../nbs/03_training/06_tracking.ipynb #1e72b0f2
+# %% ../../nbs/03_training/06_tracking.ipynb #ddd6d7ae
 def _guarded(event):
     "An event that warns once instead of raising."
     @wraps(event)
@@ -389,7 +403,7 @@ def _guarded(event):
             for t in self._trackers: t.drop(f'was not told of {event.__name__} ({type(e).__name__}: {str(e)[:200]})')
     return guarded
 
-
+# %% ../../nbs/03_training/06_tracking.ipynb #9ada46ef
 class TrackingCallback(Callback):
     "Tell trackers what a training does; nothing in it can end the training or change its result."
     order = 62 # after everything that makes numbers
@@ -412,7 +426,7 @@ class TrackingCallback(Callback):
     def __getstate__(self): return self.__dict__ | dict(_trackers=[], _hooks=[], _ending=None, _is_on=False)
     def _is_time(self, epochs): return self._is_on and epochs > 0 and (self.epoch + 1) % epochs == 0
 
-# %% ../../nbs/03_training/06_tracking.ipynb #d00f0b6b
+# %% ../../nbs/03_training/06_tracking.ipynb #0ee51183
 def _end(
     trackers, # list of `SafeTracker`
 )->None:
@@ -423,6 +437,7 @@ def _end(
 @patch
 @_guarded
 def before_fit(self:TrackingCallback):
+    for hook in self._hooks: hook.remove() # of a fit that was stopped by an error
     group = torch.distributed.is_available() and torch.distributed.is_initialized()
     self._is_on = bool(self._trackers) and not (group and torch.distributed.get_rank())
 
@@ -438,7 +453,7 @@ def _begin(self:TrackingCallback):
     atexit.register(self._ending)
     self._tell('text', 'model', summary(self.model))
 
-
+# %% ../../nbs/03_training/06_tracking.ipynb #395ffbf7
 @patch
 def finish(self:TrackingCallback,
     status:str='finished', # or `failed`
@@ -451,10 +466,17 @@ def finish(self:TrackingCallback,
 
 
 @patch
+def settle(self:TrackingCallback)->None:
+    "Bring the notes up to date; `CheckpointCallback` calls it before it writes."
+    if self._is_started:
+        for tracker in self._trackers: tracker.settle()
+
+
+@patch
 @_guarded
 def after_fit(self:TrackingCallback): self.finish()
 
-# %% ../../nbs/03_training/06_tracking.ipynb #a555788a
+# %% ../../nbs/03_training/06_tracking.ipynb #88ee3bed
 @patch
 def _watch(self:TrackingCallback, name, module, _, output):
     "A hook: take down the statistics of one output."
@@ -473,7 +495,7 @@ def before_batch(self:TrackingCallback):
     self._hooks = [module.register_forward_hook(partial(self._watch, name))
                    for name, module in watched_layers(self.model).items()]
 
-
+# %% ../../nbs/03_training/06_tracking.ipynb #227bf034
 @patch
 @_guarded
 def after_pred(self:TrackingCallback):
@@ -571,12 +593,12 @@ def after_epoch(self:TrackingCallback):
     if self._worst is not None: self._tell('image', self.step, 'worst', picture_grid(self._worst[1]))
     self._worst = None
 
-# %% ../../nbs/03_training/06_tracking.ipynb #a0e700a0
+# %% ../../nbs/03_training/06_tracking.ipynb #c2ff7c35
 def _need(
     package:str, # as it is imported
 )->None:
     "Refuse to go on without a package."
-    if importlib.util.find_spec(package) is None:
+    if not importlib.util.find_spec(package):
         raise ValueError(f"this tracker needs the package {package}, got none: pip install 'dlfund[track]'")
 
 
@@ -587,8 +609,8 @@ def _identity(
 )->str: # the name of the run
     "Find the name of a resumed run, or keep a new one."
     if resumed_from is not None and file.is_file(): return file.read_text().strip()
-    file.parent.mkdir(parents=True, exist_ok=True)
     name = new or uuid.uuid4().hex[:12]
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(name)
     return name
 
@@ -600,8 +622,7 @@ def _flat(
     "Write a configuration with dotted keys."
     found = {}
     for key, value in config.items():
-        if isinstance(value, dict): found.update(_flat(value, f'{above}{key}.'))
-        else: found[f'{above}{key}'] = value
+        found |= _flat(value, f'{above}{key}.') if isinstance(value, dict) else {f'{above}{key}': value}
     return found
 
 # %% ../../nbs/03_training/06_tracking.ipynb #f81cac0c
@@ -627,7 +648,7 @@ class TensorBoardTracker(Tracker):
     def flush(self): self.writer.flush()
     def finish(self, status='finished'): self.writer.close()
 
-# %% ../../nbs/03_training/06_tracking.ipynb #18cca54d
+# %% ../../nbs/03_training/06_tracking.ipynb #79726b11
 class MLflowTracker(Tracker):
     "MLflow, in one SQLite file beside the run's folder: <https://mlflow.org/docs/latest/ml/tracking/>."
     def __init__(self,
@@ -652,16 +673,31 @@ class MLflowTracker(Tracker):
         experiment = known.experiment_id if known else self.client.create_experiment(self.project, *[where]*is_ours)
         self.id = _identity(file, None, self.client.create_run(experiment, run_name=run['name']).info.run_id)
         for key, value in _flat(run.get('config', {})).items(): self.client.log_param(self.id, key, value)
-    def scalars(self, step, values):
-        from mlflow.entities import Metric
-        now = int(1000 * time.time())
-        self.client.log_batch(self.id, [Metric(name, float(v), now, step) for name, v in values.items()])
-    def histogram(self, step, name, values):
-        counts, edges = count_values(values)
-        self.client.log_dict(self.id, dict(counts=counts.tolist(), edges=edges.tolist()), f'{name}/{step}.json')
-    def image(self, step, name, picture): self.client.log_image(self.id, picture, key=name, step=step)
-    def text(self, name, text): self.client.log_text(self.id, text, f'{name}.txt')
-    def finish(self, status='finished'): self.client.set_terminated(self.id, status.upper())
+
+# %% ../../nbs/03_training/06_tracking.ipynb #c456478a
+@patch
+def scalars(self:MLflowTracker, step, values):
+    from mlflow.entities import Metric
+    now = int(1000 * time.time())
+    self.client.log_batch(self.id, [Metric(name, float(v), now, step) for name, v in values.items()])
+
+
+@patch
+def histogram(self:MLflowTracker, step, name, values):
+    counts, edges = count_values(values)
+    self.client.log_dict(self.id, dict(counts=counts.tolist(), edges=edges.tolist()), f'{name}/{step}.json')
+
+
+@patch
+def image(self:MLflowTracker, step, name, picture): self.client.log_image(self.id, picture, key=name, step=step)
+
+
+@patch
+def text(self:MLflowTracker, name, text): self.client.log_text(self.id, text, f'{name}.txt')
+
+
+@patch
+def finish(self:MLflowTracker, status='finished'): self.client.set_terminated(self.id, status.upper())
 
 # %% ../../nbs/03_training/06_tracking.ipynb #035febff
 class WandbTracker(Tracker):
@@ -690,7 +726,7 @@ class WandbTracker(Tracker):
     def text(self, name, text): self.run.summary[name] = text
     def finish(self, status='finished'): self.run.finish(exit_code=int(status != 'finished'))
 
-# %% ../../nbs/03_training/06_tracking.ipynb #f756229b
+# %% ../../nbs/03_training/06_tracking.ipynb #ff16fec9
 class NeptuneTracker(Tracker):
     "Neptune's offline queue on the disk: <https://docs-legacy.neptune.ai/api/connection_modes/>."
     def __init__(self,
@@ -717,10 +753,17 @@ class NeptuneTracker(Tracker):
         facts = {'run_id': name} | ({} if step is None else {'resumed_from': step})
         for key, value in facts.items(): self.run[key] = value
         self.run['config'] = self.plain(run.get('config', {}))
-    def plain(self, config): return {k.replace('.', '/'): v if isinstance(v, (bool, int, float, str)) else str(v)
-                                     for k, v in _flat(config).items()}
 
-# %% ../../nbs/03_training/06_tracking.ipynb #2d514e0e
+# %% ../../nbs/03_training/06_tracking.ipynb #8fe8c2ba
+@patch
+def plain(self:NeptuneTracker,
+    config:dict, # sections within sections
+)->dict: # names with slashes: plain values
+    "The configuration as Neptune takes it."
+    return {k.replace('.', '/'): v if isinstance(v, (bool, int, float, str)) else str(v)
+            for k, v in _flat(config).items()}
+
+# %% ../../nbs/03_training/06_tracking.ipynb #93c1d320
 @patch
 def scalars(self:NeptuneTracker, step, values):
     for name, value in values.items():
@@ -747,7 +790,7 @@ def finish(self:NeptuneTracker, status='finished'):
     self.run['sys/failed'] = status != 'finished'
     self.run.stop()
 
-
+# %% ../../nbs/03_training/06_tracking.ipynb #553c3440
 TRACKERS = {'local': LocalTracker, 'tensorboard': TensorBoardTracker, 'mlflow': MLflowTracker, 'wandb': WandbTracker,
             'neptune': NeptuneTracker}
 
@@ -764,7 +807,7 @@ def make_tracker(
                          f'the nearest is {nearest(name, TRACKERS)!r}')
     return TRACKERS[name](folder, **({} if name == 'local' else dict(project=project)), **kwargs)
 
-# %% ../../nbs/03_training/06_tracking.ipynb #74049653
+# %% ../../nbs/03_training/06_tracking.ipynb #ccc977cb
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     "What is known of a run without reading all of its numbers."
@@ -779,7 +822,7 @@ class RunRecord:
     seconds:float # that it was running, all its processes together
     steps:int # last step that was written down
 
-
+# %% ../../nbs/03_training/06_tracking.ipynb #107d55d7
 def _is_held(
     folder:Path, # of a run
 )->bool: # whether a process holds its lock
@@ -803,23 +846,22 @@ def _config(
     except (yaml.YAMLError, OSError, UnicodeError): found = None
     return _flat(found if isinstance(found, dict) else about.get('config') or {})
 
-# %% ../../nbs/03_training/06_tracking.ipynb #7e233924
+# %% ../../nbs/03_training/06_tracking.ipynb #6f03f68b
 def read_record(
     folder, # of a run
 )->RunRecord:
     "Describe one run."
-    folder, names = Path(folder), ('last', 'lowest', 'highest')
-    empty = dict(last={}, lowest={}, highest={}, steps=0)
+    folder, empty = Path(folder), dict(last={}, lowest={}, highest={}, steps=0)
     try:
         with _reading(folder) as db:
             about = {key: json.loads(value) for key, value in db.execute('SELECT key, value FROM about')}
-            rows = db.execute('SELECT name, max(step), value, min(value), max(value) FROM scalars '
-                              'WHERE value IS NOT NULL GROUP BY name').fetchall()
+            lows, highs = ([*db.execute(f'SELECT name, {which}(value) FROM scalars WHERE value IS NOT NULL '
+                                        'GROUP BY name')] for which in ('min', 'max'))
             last = dict(db.execute('SELECT name, value FROM scalars AS s WHERE value IS NOT NULL AND step = '
                                    '(SELECT max(step) FROM scalars WHERE name = s.name AND value IS NOT NULL)'))
             steps, = db.execute('SELECT max(step) FROM scalars').fetchone()
     except ValueError: about, found = dict(status='unreadable'), empty
-    else: found = dict(last=last, lowest={r[0]: r[3] for r in rows}, highest={r[0]: r[4] for r in rows}, steps=steps or 0)
+    else: found = dict(last=last, lowest=dict(lows), highest=dict(highs), steps=steps or 0)
     status = about.get('status', 'unreadable')
     if status == 'running' and not _is_held(folder): status = 'killed'
     return RunRecord(folder=folder, name=about.get('name', folder.name), status=status, config=_config(folder, about),
@@ -834,7 +876,7 @@ def find_runs(
     records = [read_record(file.parent) for file in Path(root).rglob('metrics.sqlite')]
     return sorted(records, key=lambda r: (r.started, str(r.folder)))
 
-# %% ../../nbs/03_training/06_tracking.ipynb #5c847a8c
+# %% ../../nbs/03_training/06_tracking.ipynb #c1f9af64
 LOWER_IS_BETTER = ('loss', 'error', 'mae', 'mse', 'rmse', 'perplexity')
 
 
@@ -859,7 +901,7 @@ def compare_runs(
             | {name: r.last.get(name, math.nan) for name in metrics}
             | {f'best {name}': best(r, name) for name in metrics} for r in records]
 
-
+# %% ../../nbs/03_training/06_tracking.ipynb #d08a0bb1
 def list_runs(
     records, # list of `RunRecord`
 )->list[dict]: # one row a run
@@ -888,7 +930,7 @@ def format_table(
     return '\n'.join('  '.join(cell.rjust(w) if number else cell.ljust(w)
                                for cell, w, number in zip(line, widths, is_number)).rstrip() for line in lines)
 
-# %% ../../nbs/03_training/06_tracking.ipynb #c51a031f
+# %% ../../nbs/03_training/06_tracking.ipynb #be6a70da
 def _curves(
     records, # list of `RunRecord`
     name:str, # of a metric
@@ -898,7 +940,8 @@ def _curves(
     groups = {}
     for r in records:
         found = read_run(r.folder).get(name)
-        if found is not None: groups.setdefault(f'{by.split(".")[-1]} {r.config.get(by)}' if by else r.name, []).append(found)
+        label = f'{by.split(".")[-1]} {r.config.get(by)}' if by else r.name
+        if found is not None: groups.setdefault(label, []).append(found)
     curves = {}
     for label, runs in groups.items():
         steps = sorted(set.intersection(*(set(s.tolist()) for s, _ in runs))) # those that all of the group have
@@ -906,7 +949,7 @@ def _curves(
         curves[label] = np.array(steps), values.mean(0), values.std(0, ddof=1) if len(runs) > 1 else 0*values[0]
     return curves
 
-
+# %% ../../nbs/03_training/06_tracking.ipynb #920f012e
 def plot_runs(
     records, # list of `RunRecord`
     names, # metrics, one panel each
