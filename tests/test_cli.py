@@ -47,7 +47,7 @@ def test_train_says_one_line_an_epoch_and_the_path_last(trained):
 
 def test_train_leaves_a_run_and_nothing_else(trained, bundle):
     assert os.listdir(trained.cwd) == ['runs']
-    assert sorted(os.listdir(bundle.parent)) == ['.lock', 'bundle', 'checkpoints', 'experiment.yaml',
+    assert sorted(os.listdir(bundle.parent)) == ['.lock', '.metrics.lock', 'bundle', 'checkpoints', 'experiment.yaml',
                                                 'history.json', 'metrics.sqlite']
     assert sorted(os.listdir(bundle)) == ['README.md', 'bundle.json', 'model.safetensors']
     assert [row['epoch'] for row in history(bundle.parent)] == [1, 2]
