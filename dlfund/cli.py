@@ -99,7 +99,7 @@ def train(
     "Train, judge and bundle one experiment."
     experiment, run, resume = _start(args)
     if args.nproc > 1 and 'RANK' not in os.environ: return _train_together(args)
-    from dlfund.training.distributed import rank, start_process_group, tell_launcher
+    from dlfund.training.distributed import rank, start_process_group, stop_process_group, tell_launcher
     start_process_group()
     from dlfund.data.datasets import load
     from dlfund.data.preprocessing import fit_preprocess
@@ -118,6 +118,7 @@ def train(
             if rank() == 0: _judge(run, splits, preprocess, learn.model)
     except BrokenPipeError: raise
     except (KeyboardInterrupt, OSError) as e: raise _stopped(e, run) from e
+    stop_process_group()
 
 # %% ../nbs/00_shared/02_cli.ipynb #a1427849
 def _silence(line): "Say nothing: another process of the group does."
@@ -142,7 +143,8 @@ def _train_together(
     "Start a group of processes that train together."
     from dlfund.training.distributed import launch
     from dlfund.training.runs import RunFolder
-    advice = lambda folder: _saved(RunFolder(folder), f' --nproc {args.nproc}')
+    more = f' --nproc {args.nproc}' + (f' --strategy {args.strategy}' if args.strategy != 'ddp' else '')
+    advice = lambda folder: _saved(RunFolder(folder), more)
     words = ['train', *args.words, *(['--resume', args.resume] if args.resume else []), '--strategy', args.strategy]
     return launch(args.nproc, words, advice=advice)
 
@@ -153,7 +155,8 @@ def _stopped(
 )->Failure:
     "Say why a run ended, how far it came, and how to go on."
     why = 'stopped' if isinstance(e, KeyboardInterrupt) else _explain(e)[0]
-    return Failure(f'{why}; {_saved(run)}')
+    from dlfund.training.distributed import world_size
+    return Failure(f'{why}; {_saved(run, f" --nproc {world_size()}" if world_size() > 1 else "")}')
 
 
 def _saved(
@@ -181,7 +184,7 @@ def runs(
     if args.action == 'show': rows = show_run(records[0])
     else: rows = dict(list=list_runs, compare=compare_runs)[args.action](records)
     if not args.json: return print(format_table(rows))
-    for row in rows: print(json.dumps(row))
+    for row in rows: print(json.dumps({key: None if value != value else value for key, value in row.items()})) # no NaN
 
 # %% ../nbs/00_shared/02_cli.ipynb #65e1c78b
 def search(

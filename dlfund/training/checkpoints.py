@@ -391,6 +391,8 @@ def load_random_state(self:CheckpointCallback,
     state:dict, # from `random_state`
 )->None:
     "Put every random state of this process back."
+    if n := len(state.get('ranks', ())):
+        raise CheckpointError(f'a resumed run must have as many processes as before, got 1: use --nproc {n}')
     set_random_states(state, self.dls)
 
 # %% ../../nbs/03_training/04_checkpoints.ipynb #e8ed8e90

@@ -388,6 +388,15 @@ def _layers(
            'base', f'must be a file or a list of files in {file}', bases)
     return [layer for base in bases for layer in _layers(file.parent/base, chain)] + [_Layer(tree, lines, file)]
 
+# %% ../../nbs/03_training/05_configuration.ipynb #a1b2c3d4
+def _paths(
+    tree:dict, # of settings
+    prefix:str='', # dotted key above it
+)->list[str]: # every dotted key in it, those of trees too
+    "List the keys of a tree."
+    below = [_paths(v, f'{prefix}{k}.') if isinstance(v, dict) else [] for k, v in tree.items()]
+    return [key for k, keys in zip(tree, below) for key in (prefix + k, *keys)]
+
 # %% ../../nbs/03_training/05_configuration.ipynb #78c26d06
 def _stack(
     file, # a YAML file, or None
@@ -399,8 +408,9 @@ def _stack(
         settings = _merge(settings, layer.tree)
         where |= {key: f'{layer.file}, line {line}' for key, line in layer.lines.items()}
     for word in overrides:
-        settings = _merge(settings, _nested(word))
-        where[word.partition('=')[0].strip()] = 'command line'
+        tree = _nested(word)
+        settings = _merge(settings, tree)
+        where |= dict.fromkeys(_paths(tree), 'command line')
     return settings, where
 
 

@@ -140,9 +140,10 @@ class ActivationStatsCallback(Callback):
         limit:float=6.0, # the histograms go from `-limit` to `limit`
     ):
         if every < 1: raise ValueError(f'every must be at least 1, got {every}')
-        self.every, self.n_bins, self.limit = every, n_bins, limit
+        self.every, self.n_bins, self.limit, self._hooks = every, n_bins, limit, []
     def before_fit(self):
-        self.steps, self.stats, self._hooks = [], {}, []
+        self.after_fit() # hooks of a training that was interrupted
+        self.steps, self.stats = [], {}
         for name, layer in self.model.named_modules():
             if next(layer.children(), None) is None:
                 self._hooks.append(layer.register_forward_hook(partial(self._look, name)))

@@ -136,7 +136,7 @@ def _without_prefix(module, state, prefix, metadata):
 
 def _with_prefix(module, state, prefix, *rest):
     "Take weights that are named as the block does."
-    for key in [k for k in state if k.startswith(prefix) and not k.startswith(f'{prefix}block.')]:
+    for key in [k for k in state if k.startswith(prefix)]:
         state[f'{prefix}block.{key.removeprefix(prefix)}'] = state.pop(key)
 
 # %% ../../nbs/03_training/11_memory.ipynb #10b8ded2
@@ -181,8 +181,8 @@ class PeakMemoryCallback(Callback):
     ):
         if steps < 1: raise ValueError(f'steps must be at least 1, got {steps}')
         self.steps = steps
-        self._meter = None
-    def before_fit(self): self.peaks = [] # pairs of step and bytes
+        self._meter, self._before, self._is_cuda = None, None, False
+    def before_fit(self): self.close(measured=False); self.peaks = [] # pairs of step and bytes
     def before_batch(self):
         if not self.training or self.train_iter % self.steps: return
         self._is_cuda = next(self.model.parameters()).is_cuda
@@ -198,7 +198,7 @@ class PeakMemoryCallback(Callback):
     ):
         "End a measurement that is under way."
         if self._meter is not None: self._meter.__exit__(None, None, None)
-        elif not getattr(self, '_is_cuda', False) or self._before is None: return
+        elif self._before is None: return
         peak = torch.cuda.max_memory_allocated() - self._before if self._is_cuda else self._meter.peak
         if measured: self.peaks.append((self.train_iter, peak))
         self._meter = self._before = None

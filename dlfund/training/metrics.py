@@ -392,7 +392,7 @@ def measure(self:BLEU,
         for reference in references: theirs |= _ngrams(reference, self.n_grams) # the larger count of each
         for row, found in enumerate((ours & theirs, ours)):
             for gram, count in found.items(): state['grams'][row, len(gram) - 1] += count
-        closest = min((len(r) for r in references), key=lambda m: abs(m - len(tokens)))
+        closest = min((len(r) for r in references), key=lambda m: (abs(m - len(tokens)), m))
         state['lengths'] += torch.tensor([len(tokens), closest])
     return state
 
@@ -448,7 +448,7 @@ def mase_scale(
     "What MASE divides by: Hyndman and Koehler 2006, <https://doi.org/10.1016/j.ijforecast.2006.03.001>."
     if not 1 <= season < history.shape[-1]:
         raise ValueError(f'season must be from 1 to {history.shape[-1] - 1}, got {season}')
-    scale = _double(history[..., season:] - history[..., :-season]).abs().mean(-1)
+    scale = (_double(history[..., season:]) - _double(history[..., :-season])).abs().mean(-1)
     if not (scale > 0).all(): raise ValueError('history must change from season to season, got a scale of 0')
     return scale
 

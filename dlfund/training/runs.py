@@ -144,10 +144,12 @@ class StopSignalCallback(Callback):
         if self._asked or not self.training: raise KeyboardInterrupt
         self._asked = True
     def after_batch(self):
-        if not self._asked: return
+        if not (self._asked and self.training): return
         self.checkpoint.flush()
         self.checkpoint.save(self.epoch, self.iter + 1)
         raise KeyboardInterrupt
+    def after_epoch(self): # asked between the last batch and the validation: the whole epoch is saved
+        if self._asked: raise KeyboardInterrupt
     def restore(self):
         "Give the signals back to whoever handled them before."
         for number, handler in self._before.items(): signal.signal(number, handler)

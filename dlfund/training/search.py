@@ -487,7 +487,7 @@ def search(
     write:Callable=print, # called with one line a trial
 )->SearchResult:
     "Finish trials until there are enough, going on with those in the storage."
-    n_trials, states = space.trials if n_trials is None else n_trials, []
+    n_trials = space.trials if n_trials is None else n_trials
     if n_trials < 1: raise ValueError(f'n_trials must be at least 1, got n_trials={n_trials}')
     with _opened(space, folder) as study:
         distributions = {key: _distribution(part) for key, part in space.space.items()}
@@ -497,8 +497,7 @@ def search(
             rows = [_row(k, t) for k, t in enumerate(_finished(study))]
             best = _best(rows, space.direction)
             write(_line(rows[-1], space, best))
-            states.append(rows[-1]['state'])
-            if states == ['failed']*5:
+            if len(rows) >= 5 and all(row['state'] == 'failed' for row in rows):
                 raise ValueError('a search needs a trial that works, got five failures, '
                                  f'the last: {rows[-1]["error"]}')
         rows = [_row(k, t) for k, t in enumerate(_finished(study))]

@@ -169,7 +169,8 @@ def begin(self:LocalTracker,
     with self.db:
         for table in ('scalars', 'histograms', 'images'):
             self.db.execute(f'DELETE FROM {table} WHERE step > ?', (-1 if step is None else step,))
-        if step is None: self.db.execute('DELETE FROM about')
+        if step is None:
+            for table in ('about', 'texts'): self.db.execute(f'DELETE FROM {table}')
         known = {k: json.loads(v) for k, v in self.db.execute('SELECT key, value FROM about')}
         self.before = known.get('seconds', 0.0)
         self.about(status='running', name=run['name'], config=run.get('config', {}), resumed_from=step,
@@ -241,7 +242,8 @@ class SafeTracker(Tracker):
         max_bytes:int=2**28, # memory that waiting distributions and pictures may take
     ):
         self.tracker, self.patience, self.limit, self.max_bytes = tracker, patience, limit, max_bytes
-        self.lost, self.trouble, self.is_off, self.thread, self.has_warned, self.closing = 0, '', True, None, False, ''
+        self.lost, self.trouble, self.thread, self.closing = 0, '', None, ''
+        self.is_off, self.is_stuck, self.has_warned = True, False, False
     def scalars(self, step, values): self.tell('scalars', step, values)
     def text(self, name, text): self.tell('text', name, text)
     def image(self, step, name, picture): self.tell('image', step, name, np.array(picture), size=np.size(picture))
@@ -309,7 +311,8 @@ def work(self:SafeTracker,
 @patch
 def start(self:SafeTracker, run):
     "Start the tracker, and wait for it no longer than `patience`."
-    self.queue, self.closing, self.has_warned, ready = queue.Queue(self.limit), '', False, threading.Event()
+    self.queue, self.closing, ready = queue.Queue(self.limit), '', threading.Event()
+    self.is_stuck = self.has_warned = False
     self.queue.put(('start', (run,), 0))
     self.thread = threading.Thread(target=self.work, args=(self.queue, ready), daemon=True)
     with keep_random_states():
@@ -325,11 +328,12 @@ def flush(self:SafeTracker): self.tell('flush')
 @patch
 def settle(self:SafeTracker)->None:
     "Wait, no longer than `patience`, until all that was told so far is safe."
-    if self.is_off: return
+    if self.is_off or self.is_stuck: return
     done = threading.Event()
-    self.tell('flush')
-    self.tell('settled', done)
-    done.wait(self.patience)
+    try:
+        for call in ('flush', ()), ('settled', (done,)): self.queue.put_nowait((*call, 0))
+    except queue.Full: return
+    self.is_stuck = not done.wait(self.patience) # it will not be waited for again
 
 # %% ../../nbs/03_training/06_tracking.ipynb #54333627
 @patch
@@ -474,7 +478,9 @@ def settle(self:TrackingCallback)->None:
 
 @patch
 @_guarded
-def after_fit(self:TrackingCallback): self.finish()
+def after_fit(self:TrackingCallback):
+    if self._is_on and not self._is_started and self.step: self._begin() # resumed, and nothing was left to train
+    self.finish()
 
 # %% ../../nbs/03_training/06_tracking.ipynb #88ee3bed
 @patch
@@ -506,8 +512,9 @@ def after_pred(self:TrackingCallback):
 @patch
 @_guarded
 def before_step(self:TrackingCallback):
-    grads = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-    if self._is_due: self._norm = nn.utils.get_total_norm(grads.values())
+    grads = {name: p.grad for name, p in self.model.named_parameters()
+             if p.grad is not None and not hasattr(p.grad, 'full_tensor')} # of a sharded one this process has a part
+    if self._is_due and grads: self._norm = nn.utils.get_total_norm(grads.values())
     if self.iter + 1 == self.n_iter and self._is_time(self._histograms):
         for name, g in grads.items(): self._tell('histogram', self.step + 1, f'grad/{name}', g)
 
