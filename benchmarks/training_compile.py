@@ -2,7 +2,7 @@
 
 For each case a training step is compiled from a cold cache and its first step timed; then the eager and the compiled step take turns. What compiling cost, divided
 by what a step saves, is the number of steps after which it has paid. The chapter *Mixed precision* reads `benchmarks/results/training_compile.json`."""
-import argparse, math, time
+import argparse, math
 from statistics import median
 
 import torch
@@ -11,7 +11,7 @@ from torch._inductor.utils import fresh_cache
 from torch.nn import functional as F
 from torchvision.models import get_model
 
-from common import store
+from common import stepper, store
 from dlfund.training.precision import break_even
 
 
@@ -29,20 +29,6 @@ def case(name, bs, width):
         return nn.Sequential(*layers, nn.Linear(width, 10)), torch.randn(bs, width)
     model = get_model(name, weights=None, num_classes=10).to(memory_format=torch.channels_last)
     return model, torch.randn(bs//4, 3, 32, 32).to(memory_format=torch.channels_last)
-
-
-def stepper(model, x):
-    "A function that takes `n` training steps and returns the seconds a step took."
-    y = torch.randint(0, 10, (len(x),))
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    def steps(n):
-        begin = time.perf_counter()
-        for _ in range(n):
-            F.cross_entropy(model(x), y).backward()
-            opt.step()
-            opt.zero_grad()
-        return (time.perf_counter() - begin) / n
-    return steps
 
 
 def measure(name, bs, width, steps, repeats):

@@ -15,13 +15,12 @@ from torch import nn
 from torchvision.models import get_model
 import fastai.callback.all # adds no_bar and fit_one_cycle
 
-from common import spread, store
+from common import spread, stepper, store
 from dlfund.data.datasets import load
 from dlfund.data.loading import loaders, seed_everything
 from dlfund.data.preprocessing import fit_preprocess
 from dlfund.training.precision import Precision, supported
 from dlfund.vision import build
-
 
 
 def resnet(name, stem):
@@ -31,26 +30,13 @@ def resnet(name, stem):
     return model.to(memory_format=torch.channels_last)
 
 
-def stepper(mode, name, stem, bs, size=32):
-    "A function that takes `n` training steps in one precision and returns the seconds a step took."
-    torch.manual_seed(0)
-    batch = torch.randn(bs, 3, size, size).to(memory_format=torch.channels_last), torch.randint(0, 10, (bs,))
-    model = resnet(name, stem)
-    opt, loss_func = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), nn.CrossEntropyLoss()
-    def steps(n):
-        begin = time.perf_counter()
-        for _ in range(n):
-            with torch.autocast('cpu', torch.bfloat16, enabled=mode == 'bf16'): pred = model(batch[0])
-            loss_func(pred.float(), batch[1]).backward()
-            opt.step()
-            opt.zero_grad()
-        return (time.perf_counter() - begin) / n
-    return steps
-
-
-def speed(name, stem, bs, steps, repeats):
+def speed(name, stem, bs, steps, repeats, size=32):
     "Milliseconds a step for each precision, repetition by repetition, taking turns."
-    runs = {mode: stepper(mode, name, stem, bs) for mode in ('fp32', 'bf16')}
+    runs = {}
+    for mode in ('fp32', 'bf16'):
+        torch.manual_seed(0)
+        x = torch.randn(bs, 3, size, size).to(memory_format=torch.channels_last)
+        runs[mode] = stepper(resnet(name, stem), x, autocast=mode == 'bf16')
     for run in runs.values(): run(1)
     rows = {mode: [] for mode in runs}
     for _ in range(repeats):
