@@ -213,9 +213,10 @@ stop_process_group()
     assert any('sum 2 2' in text for text in said)
 
 
-def test_train_with_a_killed_process(tmp_path):
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_train_with_a_killed_process(tmp_path, strategy):
     "The command: one process is killed, the other ends, one line says how to go on, and that works."
-    words = ['train', '--nproc', '2', 'train.epochs=2', 'data.bs=250', 'checkpoint.steps=3', 'checkpoint.seconds=0']
+    words = ['train', '--nproc', '2', '--strategy', strategy, 'train.epochs=2', 'data.bs=250', 'checkpoint.steps=3', 'checkpoint.seconds=0']
     process = start(*words, cwd=tmp_path)
     try:
         until = time.monotonic() + 60

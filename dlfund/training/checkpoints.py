@@ -264,7 +264,7 @@ def set_attributes(
         elif isinstance(now, (nn.Module, torch.amp.GradScaler)): now.load_state_dict(value['state_dict'])
         else: setattr(obj, name, value)
 
-# %% ../../nbs/03_training/04_checkpoints.ipynb #08cdf605
+# %% ../../nbs/03_training/04_checkpoints.ipynb #54dcf663
 class CheckpointCallback(Callback):
     "Save the whole state of a training as it goes, and go on from a saved one."
     order = 1000 # after everything that may still change the state
@@ -283,7 +283,7 @@ class CheckpointCallback(Callback):
     def before_fit(self):
         "Go on from a checkpoint, or save a first one."
         self._saved_at, self._epoch_random = time.monotonic(), None
-        for part in self._folder.glob('.*.part'): part.unlink(missing_ok=True) # left by a process that was killed
+        self.sweep()
         if self._resume: self._go_on(read_checkpoint(self._folder))
         self.save(self.epoch, 0)
     def before_epoch(self):
@@ -295,6 +295,14 @@ class CheckpointCallback(Callback):
         if is_old or self._steps and self.train_iter % self._steps == 0: self.save(self.epoch, self.iter + 1)
     def after_epoch(self): self.save(self.epoch + 1, 0)
     def after_fit(self): self.flush()
+
+# %% ../../nbs/03_training/04_checkpoints.ipynb #11fd1637
+@patch
+def sweep(self:CheckpointCallback)->None:
+    "Remove what a process that was killed left half written."
+    for part in self._folder.glob('.*.part'): part.unlink(missing_ok=True)
+
+
 
 # %% ../../nbs/03_training/04_checkpoints.ipynb #9fc60982
 @patch

@@ -339,11 +339,11 @@ def _check_parts_alike(s:Scene)->Finding|None:
                        evidence=dict(squared_distance_of_means_in_variances=apart),
                        do='Compare the mean picture of both parts: a transform or the augmentation treats one wrongly.')
 
-# %% ../../nbs/03_training/10_debugging.ipynb #c4578330
+# %% ../../nbs/03_training/10_debugging.ipynb #24ba516f
 @checks('data')
 def _check_labels_in_range(s:Scene)->Finding|None:
     "Every label needs an output."
-    if not s.is_classes or not s.n_classes: return
+    if not s.is_classes or not s.n_classes: return # without class scores there is no range
     for part, y in (('training', s.y), ('validation', s.valid_y)):
         if y is None or (0 <= y.min() and y.max() < s.n_classes): continue
         ignored = getattr(s.learn.loss_func, 'ignore_index', None)
@@ -505,7 +505,7 @@ def _check_initial_loss(s:Scene)->Finding|None:
             loss=loss, log_of_n_classes=guessing), do='If it is too high: scale the inputs, or shrink the weights of '
             'the last layer. If it is too low before training: look for a leak.')
 
-# %% ../../nbs/03_training/10_debugging.ipynb #0de0706c
+# %% ../../nbs/03_training/10_debugging.ipynb #b769f378
 def influence(
     model:nn.Module, # any; it is called in the mode in which it is
     x:Tensor, # inputs `(n, ...)`, real numbers
@@ -514,7 +514,8 @@ def influence(
     x = x.detach().clone().requires_grad_()
     out = model(x)
     if len(out) != len(x): raise ValueError(f'a model must give one output an example, got {len(out)} for {len(x)}')
-    rows = [torch.autograd.grad(o.abs().sum(), x, retain_graph=True, allow_unused=True)[0] for o in out]
+    weigh = lambda o: (o.abs().flatten() * torch.linspace(1, 2, o.numel(), device=o.device)).sum()
+    rows = [torch.autograd.grad(weigh(o), x, retain_graph=True, allow_unused=True)[0] for o in out]
     return torch.stack([torch.zeros(len(x)) if g is None else g.flatten(1).norm(dim=1) for g in rows])
 
 

@@ -70,7 +70,7 @@ def world_size()->int: # at least 1
     "Number of processes in the group."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
-# %% ../../nbs/03_training/09_distributed.ipynb #dcd903af
+# %% ../../nbs/03_training/09_distributed.ipynb #01f3b75c
 def start_process_group(
     timeout:float=600., # seconds after which a process that waits for another one fails
     backend:str|None=None, # 'gloo' or 'nccl'; by default nccl on machines with CUDA
@@ -83,7 +83,7 @@ def start_process_group(
         raise ValueError(f"{', '.join(needed)} must all be in the environment, got no {missing[0]}: "
                          'start the processes with torchrun or `dlfund train --nproc`')
     if backend is None: backend = 'nccl' if torch.cuda.is_available() else 'gloo'
-    if backend == 'nccl': torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
+    if backend == 'nccl': _take_gpu(int(os.environ.get('LOCAL_RANK', 0)))
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     if 'DLFUND_LAUNCHER' in os.environ: threading.Thread(target=_end_with_launcher, daemon=True).start()
     return world_size() > 1
@@ -108,6 +108,17 @@ def _end_with_launcher()->None:
 def _device()->torch.device: # whose tensors the group can send
     "Where tensors must be to be sent."
     return torch.device('cuda' if dist.get_backend() == 'nccl' else 'cpu')
+
+# %% ../../nbs/03_training/09_distributed.ipynb #020bf508
+def _take_gpu(
+    local:int, # number of this process on its machine
+)->None:
+    "Let this process compute on its own GPU."
+    n_gpus = torch.cuda.device_count()
+    if local >= n_gpus:
+        raise ValueError(f'nccl needs a GPU for each process of a machine, got {n_gpus} GPU and local rank {local}: '
+                         'start fewer processes, or hide the GPUs with CUDA_VISIBLE_DEVICES=')
+    torch.cuda.set_device(local)
 
 # %% ../../nbs/03_training/09_distributed.ipynb #4dbfaa92
 PROGRAM = (sys.executable, '-c', 'import sys; from dlfund.cli import main; sys.exit(main())') # `dlfund`, by this Python
@@ -683,12 +694,13 @@ def _unwrap_sharded(self:DistributedCallback)->None:
     self._plain_opt.load_state_dict(self.opt.state_dict())
     self.learn.opt, self._plain_opt = self._plain_opt, None
 
-# %% ../../nbs/03_training/09_distributed.ipynb #ad8e751f
+# %% ../../nbs/03_training/09_distributed.ipynb #af920933
 class DistributedCheckpointCallback(CheckpointCallback):
     "`CheckpointCallback` for several processes: rank 0 decides, reads and writes; the states are everyone's."
     name = 'checkpoint' # of `learn.checkpoint`, as in one process
     def before_fit(self):
         self._is_writer = rank() == 0
+        if self._is_writer: self.sweep()
         self._saved_at, self._epoch_random = time.monotonic(), None
         if self._resume: self._go_on(broadcast_state(read_checkpoint(self._folder) if rank() == 0 else None))
         self.save(self.epoch, 0)

@@ -56,17 +56,19 @@ def peak_memory(
     with MemoryMeter() as meter: function()
     return meter.peak
 
-# %% ../../nbs/03_training/11_memory.ipynb #4a8121de
+# %% ../../nbs/03_training/11_memory.ipynb #71522b26
 def find_batch_size(
     measure:Callable, # batch size → peak of a step in bytes; may raise `torch.OutOfMemoryError`
-    budget:float=math.inf, # bytes that a step may need
+    budget:float|None=None, # bytes that a step may need; must be given without CUDA, where nothing announces the limit
     low:int=1, # the smallest batch size that is of use
     high:int=2**16, # the largest
 )->int: # the largest batch size that fits
     "Find the largest batch whose step fits into memory, by doubling and bisection."
     if not 1 <= low <= high: raise ValueError(f'low must be from 1 to high, got low={low} and high={high}')
+    if budget is None and not torch.cuda.is_available():
+        raise ValueError('budget must be given without CUDA, got None: a CPU swaps when memory is full, silently')
     def fits(bs):
-        try: return measure(bs) <= budget
+        try: return measure(bs) <= (math.inf if budget is None else budget)
         except torch.OutOfMemoryError: return False
     if not fits(low):
         raise ValueError(f'a step must fit with the smallest batch, got more than the budget for bs={low}: '

@@ -337,3 +337,18 @@ exercise('training.runs.cosine', _cosine, cases=lambda rng: [
         'half a wave goes from lr to 0: cos of pi, not of 2 pi':
             lambda s, n, lr, w: _cosine(s, n, lr, w) if s < w else lr/2 * (1 + np.cos(2*np.pi * (s - w) / (n - w)))},
     hint='Two branches; in the second, which share of the way is done?')
+
+# %% ../../nbs/03_training/07_runs.ipynb #4541cf4c
+def _jump(done, old, new):
+    "Learning rate after a change of plan, relative to the one before."
+    return (1 + np.cos(np.pi * done/new)) / (1 + np.cos(np.pi * done/old))
+
+# %% ../../nbs/03_training/07_runs.ipynb #4ca715ef
+exercise('training.runs.jump', _jump, cases=lambda rng: [
+    (50, 100, 200), (90, 100, 150), (10, 100, 1000), (40, 120, 60), (int(rng.integers(20, 80)), 97, 211)], mistakes={
+        'this is the old rate relative to the new one': lambda done, old, new: 1/_jump(done, old, new),
+        'the new plan does not begin at step 0: the share that is done counts':
+            lambda done, old, new: 2/(1 + np.cos(np.pi * done/old)),
+        'a half wave, cos of pi times the share': lambda done, old, new:
+            (1 + np.cos(2*np.pi * done/new)) / (1 + np.cos(2*np.pi * done/old))},
+    hint='What share of the plan is done, before and after the change?')

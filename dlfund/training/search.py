@@ -708,14 +708,20 @@ exercise('training.search.improvement', _improvement,
             np.bincount(p[l < b], minlength=n)/(l < b).sum()},
     hint='np.bincount(places[losses < best], minlength=n_places) counts the good ones.')
 
-# %% ../../nbs/03_training/08_search.ipynb #ce67ae05
+# %% ../../nbs/03_training/08_search.ipynb #cdc87bfc
 def _effects(table):
     "Share of the variance that belongs to each axis alone."
     table, axes = np.asarray(table, float), range(np.ndim(table))
     return [table.mean(tuple(a for a in axes if a != axis)).var() / table.var() for axis in axes]
 
-# %% ../../nbs/03_training/08_search.ipynb #91f4fd12
-exercise('training.search.effects', _effects, cases=lambda rng: [
+
+def _as_list(answer, table):
+    "An answer's shares, whether they come as a list, a tuple or an array."
+    shares = answer(table)
+    return None if shares is None else [float(share) for share in shares]
+
+# %% ../../nbs/03_training/08_search.ipynb #fa7978c6
+exercise('training.search.effects', _effects, use=_as_list, cases=lambda rng: [
     (rng.normal(size=shape) + 2*rng.normal(size=shape[:1] + (1,)*(len(shape) - 1)),)
     for shape in [(5, 7), (3, 2, 5), (11, 3), (7,)]],
     mistakes={

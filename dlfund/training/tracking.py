@@ -221,7 +221,7 @@ def read_run(
             found.setdefault(name, []).append((step, math.nan if value is None else value))
     return {name: tuple(np.array(column) for column in zip(*rows)) for name, rows in found.items()}
 
-# %% ../../nbs/03_training/06_tracking.ipynb #fc052909
+# %% ../../nbs/03_training/06_tracking.ipynb #86e8654d
 @contextmanager
 def keep_random_states():
     "Put Python's, NumPy's and PyTorch's random states back: some trackers draw names from them."
@@ -244,14 +244,34 @@ class SafeTracker(Tracker):
         self.tracker, self.patience, self.limit, self.max_bytes = tracker, patience, limit, max_bytes
         self.lost, self.trouble, self.thread, self.closing = 0, '', None, ''
         self.is_off, self.is_stuck, self.has_warned = True, False, False
-    def scalars(self, step, values): self.tell('scalars', step, values)
-    def text(self, name, text): self.tell('text', name, text)
-    def image(self, step, name, picture): self.tell('image', step, name, np.array(picture), size=np.size(picture))
-    def histogram(self, step, name, values):
-        if self.is_off: return self.drop('was not started')
-        with self.queue.mutex: heavy = sum(size for *_, size in self.queue.queue)
-        if heavy + 4*values.numel() > self.max_bytes: return self.drop('does not keep up with the distributions')
-        self.tell('histogram', step, name, values.detach().to('cpu', torch.float32, copy=True), size=4*values.numel())
+
+# %% ../../nbs/03_training/06_tracking.ipynb #266b72a2
+@patch
+def scalars(self:SafeTracker, step, values): self.tell('scalars', step, values)
+
+@patch
+def text(self:SafeTracker, name, text): self.tell('text', name, text)
+
+
+@patch
+def image(self:SafeTracker, step, name, picture):
+    if self.has_room(picture.nbytes): self.tell('image', step, name, picture.copy(), size=picture.nbytes)
+
+
+@patch
+def histogram(self:SafeTracker, step, name, values):
+    if not self.has_room(size := 4*values.numel()): return
+    self.tell('histogram', step, name, values.detach().to('cpu', torch.float32, copy=True), size=size)
+
+
+@patch
+def has_room(self:SafeTracker,
+    size:int, # bytes of a note
+)->bool: # whether it may wait
+    "Drop a note that comes too early, or would let those that wait exceed `max_bytes`."
+    if self.is_off: return bool(self.drop('was not started'))
+    with self.queue.mutex: heavy = sum(size for *_, size in self.queue.queue)
+    return heavy + size <= self.max_bytes or bool(self.drop('does not keep up with the distributions and pictures'))
 
 # %% ../../nbs/03_training/06_tracking.ipynb #1b59849e
 @patch
