@@ -1,5 +1,5 @@
 "What every benchmark of the book shares: the machine's description, results with their spread, and a stored record."
-import json, os, platform, time
+import argparse, importlib, json, os, platform, sys, time
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
@@ -54,3 +54,19 @@ def store(
     record = dict(machine=machine(), date=time.strftime('%Y-%m-%d'), **facts, results=results)
     file.write_text(json.dumps(record, indent=1, ensure_ascii=False) + '\n')
     return file
+
+
+def dispatch(
+    subject:str, # `training` or another: the parts are the files `benchmarks/<subject>_<part>.py`
+    doc:str, # what `--help` says first
+)->None:
+    "Run the parts of a benchmark that the command line names; what stands after `--` is theirs."
+    parts = sorted(file.stem.removeprefix(f'{subject}_') for file in Path(__file__).parent.glob(f'{subject}_*.py'))
+    own, rest = (sys.argv[1:sys.argv.index('--')], sys.argv[sys.argv.index('--') + 1:]) if '--' in sys.argv else (sys.argv[1:], [])
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('parts', nargs='+', choices=[*parts, 'all'], metavar='PART', help=f'{", ".join(parts)} or all')
+    asked = parser.parse_args(own).parts
+    for part in parts if 'all' in asked else dict.fromkeys(asked):
+        print(f'\n{part}\n{"-"*len(part)}', flush=True)
+        sys.argv = [f'{subject}_{part}.py', *rest]
+        importlib.import_module(f'{subject}_{part}').main()
