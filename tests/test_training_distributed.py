@@ -229,11 +229,12 @@ def test_train_with_a_killed_process(tmp_path, strategy):
         _, err = process.communicate(timeout=30)
     finally: process.kill()
     assert time.monotonic() - begin < 15 and process.returncode == 1
+    more = ['--nproc', '2', *(['--strategy', strategy] if strategy == 'fsdp' else [])]
     found = re.fullmatch(r'dlfund: process 1 of 2 died \(SIGKILL\); .* go on with '
-                         r'`dlfund train --resume (\S+) --nproc 2`\n', err)
+                         rf'`dlfund train --resume (\S+) {" ".join(more)}`\n', err)
     assert found, err
     assert not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in children)
-    ran = run('train', '--resume', found[1], '--nproc', '2', cwd=tmp_path, timeout=120)
+    ran = run('train', '--resume', found[1], *more, cwd=tmp_path, timeout=120)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.count('epoch 2/2') == 1 and (tmp_path/ran.stdout.splitlines()[-1]).is_dir()
     assert len(list((tmp_path/'runs').iterdir())) == 1
