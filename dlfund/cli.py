@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Failure', 'train', 'runs', 'search', 'evaluate', 'predict', 'data', 'book', 'exercises', 'parser', 'main']
 
-# %% ../nbs/00_shared/02_cli.ipynb #0d9cabb2
-import argparse, json, os, shlex, sys, warnings
+# %% ../nbs/00_shared/02_cli.ipynb #c1680481
+import argparse, json, os, shlex, sys, traceback, warnings
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -92,13 +92,16 @@ def _bundle(
                        removed=splits.removed, n_test_reads=splits.n_test_reads)
     return bundle
 
-# %% ../nbs/00_shared/02_cli.ipynb #7a7deefe
+# %% ../nbs/00_shared/02_cli.ipynb #e620fb87
 def train(
     args:argparse.Namespace, # words, resume, nproc, strategy
 )->int|None: # of several processes, the status
     "Train, judge and bundle one experiment."
     experiment, run, resume = _start(args)
     if args.nproc > 1 and 'RANK' not in os.environ: return _train_together(args)
+    if args.strategy != 'ddp' and 'RANK' not in os.environ:
+        raise Failure(f'--strategy {args.strategy} needs several processes, got one: '
+                      'add --nproc 2, or start it with torchrun', 2)
     from dlfund.training.distributed import rank, start_process_group, stop_process_group, tell_launcher
     start_process_group()
     from dlfund.data.datasets import load
@@ -171,14 +174,16 @@ def _saved(
     return (f'{state["epochs_done"]} of {state["n_epoch"]} epochs{batches} are saved: '
             f'go on with `dlfund train --resume {shlex.quote(str(run.path))}{more}`')
 
-# %% ../nbs/00_shared/02_cli.ipynb #588e21d3
+# %% ../nbs/00_shared/02_cli.ipynb #da7aef27
 def runs(
     args:argparse.Namespace, # action, folders, json
 )->None:
     "List the runs below a folder, show one, or compare several."
     from dlfund.training.tracking import compare_runs, find_runs, format_table, list_runs, show_run
     records = [record for folder in args.folders or ['runs'] for record in find_runs(folder)]
-    if not records: raise Failure(f'there must be runs below {" ".join(args.folders or ["runs"])}, got none')
+    if not records:
+        raise Failure(f'there must be tracked runs below {" ".join(args.folders or ["runs"])}, got none '
+                      '(track.trackers=[] leaves no numbers)')
     if args.action == 'show' and len(records) > 1:
         raise Failure(f'`dlfund runs show` needs one run, got {len(records)}: name its folder', 2)
     if args.action == 'show': rows = show_run(records[0])
@@ -186,7 +191,7 @@ def runs(
     if not args.json: return print(format_table(rows))
     for row in rows: print(json.dumps({key: None if value != value else value for key, value in row.items()})) # no NaN
 
-# %% ../nbs/00_shared/02_cli.ipynb #65e1c78b
+# %% ../nbs/00_shared/02_cli.ipynb #5ed2b4b8
 def search(
     args:argparse.Namespace, # file, trials, out
 )->None:
@@ -196,14 +201,17 @@ def search(
     from dlfund.training.runs import train_experiment
     from dlfund.training.search import read_search, run_search
     from dlfund.vision import build
-    base = read_search(args.file).base
+    try: base = read_search(args.file).base
+    except ValueError as e: raise Failure(str(e), 2) from None
     _check_names(base)
     splits = load(base.data.name, **base.data.args)
     preprocess = fit_preprocess(splits.train.x)
     def trial(experiment, cbs):
         learn = train_experiment(experiment, splits, preprocess, build, cbs)
         return learn.epoch_log.history[-1]
-    run_search(args.file, trial, args.out, args.trials, partial(print, flush=True))
+    try: run_search(args.file, trial, args.out, args.trials, partial(print, flush=True))
+    except KeyboardInterrupt:
+        raise Failure(f'stopped; finished trials are kept in {args.out}: the same command goes on') from None
     print(Path(args.out)/'best.yaml')
 
 # %% ../nbs/00_shared/02_cli.ipynb #1d624e77
@@ -327,18 +335,29 @@ def _show_names(
         row = kept.get(name, dict(tries=0, solved=None))
         print(f'{name:44}', f"solved {row['solved']}" if row['solved'] else f"{row['tries']} tries")
 
-# %% ../nbs/00_shared/02_cli.ipynb #063b76b5
+# %% ../nbs/00_shared/02_cli.ipynb #86961d4b
 class _Parser(argparse.ArgumentParser):
-    "argparse, with errors of one line."
+    "argparse, with errors of one line, and options that may stand anywhere among the words of a command."
     def error(self, message):
         raise Failure(f'{message} (`{self.prog} --help` shows what is possible)', 2)
+    def read(self, words):
+        command = self.commands.get(words[0]) if words else None
+        return self.parse_args(words) if command is None else command.parse_intermixed_args(words[1:])
 
-# %% ../nbs/00_shared/02_cli.ipynb #efba035b
+
+def _count(
+    word:str, # of the command line
+)->int: # at least 1
+    "Read a number of things."
+    if word.isdecimal() and int(word): return int(word)
+    raise argparse.ArgumentTypeError(f'must be a whole number from 1, got {word!r}')
+
+# %% ../nbs/00_shared/02_cli.ipynb #c4349d61
 def parser()->argparse.ArgumentParser:
     "Describe the commands and their arguments."
     top = _Parser(prog='dlfund', description='Train, judge and use deep-learning models, and learn how they work.')
     top.add_argument('--version', action='version', version=__version__)
-    commands = top.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    commands = top.add_subparsers(dest='command', metavar='COMMAND', required=True); top.commands = commands.choices
     def command(name, run, help):
         p = commands.add_parser(name, help=help, description=help); p.set_defaults(run=run)
         p.add_argument('--debug', action='store_true', help='show the traceback of an error')
@@ -347,7 +366,7 @@ def parser()->argparse.ArgumentParser:
     p.add_argument('words', nargs='*', metavar='CONFIG | key=value',
                    help='a YAML configuration, and settings that override it')
     p.add_argument('--resume', metavar='RUN', help='go on with a run that was stopped, to the same result')
-    p.add_argument('--nproc', type=int, default=1, metavar='N', help='train with N processes on this machine')
+    p.add_argument('--nproc', type=_count, default=1, metavar='N', help='train with N processes on this machine')
     p.add_argument('--strategy', choices=('ddp', 'fsdp'), default='ddp',
                    help='several processes: each has all weights, or a part of them (default: ddp)')
     _training_commands(command)
@@ -365,7 +384,7 @@ def parser()->argparse.ArgumentParser:
     _reader_commands(command)
     return top
 
-# %% ../nbs/00_shared/02_cli.ipynb #89c3d77f
+# %% ../nbs/00_shared/02_cli.ipynb #7a5e687c
 def _training_commands(
     command, # the function that adds a command
 )->None:
@@ -376,7 +395,7 @@ def _training_commands(
     p.add_argument('--json', action='store_true', help='print one JSON object a line')
     p = command('search', search, 'search hyperparameters; the last line printed is the path of the best configuration')
     p.add_argument('file', metavar='FILE', help='a YAML file that says what to search')
-    p.add_argument('--trials', type=int, metavar='N', help='how many to finish, in place of the number in the file')
+    p.add_argument('--trials', type=_count, metavar='N', help='how many to finish, in place of the number in the file')
     p.add_argument('--out', default='runs/search', metavar='DIR',
                    help='gets the trials; a search that is there goes on (default: runs/search)')
 
@@ -404,7 +423,7 @@ def _reader_commands(
     p.add_argument('--hint', action='store_true', help='if the answer is not right, give a hint')
     p.add_argument('--json', action='store_true', help='list: print one JSON object a line')
 
-# %% ../nbs/00_shared/02_cli.ipynb #c52b01ab
+# %% ../nbs/00_shared/02_cli.ipynb #c185813e
 def main(
     words:list[str]|None=None, # the arguments; by default those of the process
 )->int: # exit status: 0 done, 1 failed, 2 wrong usage or configuration
@@ -412,7 +431,7 @@ def main(
     words = sys.argv[1:] if words is None else words
     if '--debug' not in words: warnings.simplefilter('ignore') # other libraries' plans are not the user's concern
     try:
-        args = parser().parse_args(words)
+        args = parser().read(words)
         status = args.run(args) or 0
         sys.stdout.flush() # a closed pipe or a full disk is an error like others here; at Python's exit a mess
         return status
@@ -426,11 +445,19 @@ def main(
     except OSError: _quiet_end()
     return status
 
-# %% ../nbs/00_shared/02_cli.ipynb #ab0f5bb1
+# %% ../nbs/00_shared/02_cli.ipynb #658e476a
 def _quiet_end()->int:
     "End without a word when the program that reads our output has gone, as after `| head -1`."
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
+
+
+def _raised_in(
+    e:Exception, # with its traceback
+)->str: # a package
+    "The package whose code raised an error."
+    frames = [frame for frame, _ in traceback.walk_tb(e.__traceback__)]
+    return frames[-1].f_globals.get('__name__', '').split('.')[0] if frames else ''
 
 
 def _explain(
@@ -440,7 +467,7 @@ def _explain(
     line = ' '.join(str(e).rpartition('`:\n\t')[2].split()) # before this mark fastai names the callback
     if isinstance(e, Failure): return line, e.status
     if type(e).__name__ == 'ConfigError': return line, 2
-    if isinstance(e, ValueError) and type(e).__module__.startswith('dlfund'): return line, 1
+    if isinstance(e, ValueError) and 'dlfund' in (type(e).__module__.split('.')[0], _raised_in(e)): return line, 1
     if type(e).__name__ in ('DivergedError', 'LoaderError'): return line, 1
     if isinstance(e, OSError): return f'{e.strerror or line}' + (f': {e.filename}' if e.filename else ''), 1
     return f'{type(e).__name__}: {line} (--debug shows where)', 1

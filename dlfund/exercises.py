@@ -101,7 +101,7 @@ def brief(
     if callable(x): return getattr(x, '__name__', repr(x))
     return f'{x:.6g}' if isinstance(x, float) else repr(x)
 
-# %% ../nbs/00_shared/03_exercises.ipynb #1ab6e962
+# %% ../nbs/00_shared/03_exercises.ipynb #ce82156c
 EMPTY = 'there is no answer yet'
 
 
@@ -120,6 +120,7 @@ def difference(
             return f'the keys{of} must be {sorted(expected)}, got {brief(got)}'
         parts = [(got[k], expected[k], repr(k)) for k in expected]
     elif isinstance(expected, (tuple, list)):
+        if isinstance(got, np.ndarray) and got.ndim: got = list(got)
         if not isinstance(got, (tuple, list)):
             return f'there must be {len(expected)} values{of}, got one {type(got).__name__}'
         if len(got) != len(expected): return f'there must be {len(expected)} values{of}, got {len(got)}'

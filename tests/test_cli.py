@@ -133,11 +133,20 @@ def test_data_get_and_where(cli, small, action):
 
 WRONG_USE = [(), ('fly',), ('train', '--fast'), ('predict', 'b'), ('evaluate',), ('evaluate', 'b', '--part', 'all'),
              ('data', 'eat'), ('data', 'get'), ('data', 'where'), ('train', '--resume', 'nowhere'),
-             ('train', '--resume', 'runs', 'train.lr=1')]
+             ('train', '--resume', 'runs', 'train.lr=1'), ('train', '--nproc', '0'), ('train', '--strategy', 'fsdp'),
+             ('search', 'x.yaml', '--trials', '0')]
 
 
 @pytest.mark.parametrize('words', WRONG_USE, ids=' '.join)
 def test_wrong_use(cli, words): one_line(cli(*words), 2)
+
+
+@pytest.mark.parametrize('words', ['exercises check --hint training.search.enough 20',
+                                   'exercises --hint check training.search.enough 20',
+                                   'exercises check training.search.enough --hint 20'])
+def test_an_option_may_stand_anywhere(cli, words):
+    ran = cli(*words.split())
+    assert ran.returncode == 1 and 'hint: ' in ran.stdout and not ran.stderr
 
 
 @pytest.mark.parametrize('words, status, part', [

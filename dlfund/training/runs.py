@@ -220,7 +220,7 @@ def train_experiment(
     fit(learn, experiment.train, cbs)
     return learn
 
-# %% ../../nbs/03_training/07_runs.ipynb #0a22e703
+# %% ../../nbs/03_training/07_runs.ipynb #0642cabf
 def train_run(
     run:RunFolder, # locked by the caller
     learn:Learner, # from `experiment_learner`
@@ -235,11 +235,13 @@ def train_run(
     checkpoint = kind(run.checkpoints, resume, kept.seconds, kept.steps, kept.keep, about)
     tracking = _tracking(run)
     cbs = [*tracking, checkpoint, stop if is_alone else DistributedCallback(strategy)]
+    end = 'failed'
     try:
         with watched(learn.dls.train): history = fit(learn, run.experiment.train, cbs)
+    except KeyboardInterrupt: end = 'stopped'; raise
     finally:
         stop.restore()
-        for cb in tracking: cb.finish('failed') # nothing, if it has finished
+        for cb in tracking: cb.finish(end) # nothing, if it has finished
         checkpoint.flush()
     if rank() == 0: write_atomically(run.history, lambda f: f.write(json.dumps(history, indent=1).encode()))
     return history

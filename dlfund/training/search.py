@@ -424,7 +424,7 @@ def _opened(
         optuna.logging.set_verbosity(said)
         lock.release()
 
-# %% ../../nbs/03_training/08_search.ipynb #ff072593
+# %% ../../nbs/03_training/08_search.ipynb #08d7de17
 def _load_study(
     optuna, # the package
     file:Path, # the storage
@@ -440,7 +440,8 @@ def _load_study(
     for name in now:
         if name not in ('trials', 'storage') and now[name] != then.get(name):
             raise ValueError(f'{file} holds a search with another {name}, got {json.dumps(now[name])[:200]} '
-                             f'in place of {json.dumps(then.get(name))[:200]}: take another storage')
+                             f'in place of {json.dumps(then.get(name))[:200]}: take another folder (--out), '
+                             'or delete this file')
     study.set_user_attr('search', now)
     return study
 
@@ -463,11 +464,12 @@ def _best(
     sign = -1 if direction == 'maximize' else 1
     return min(complete, key=lambda row: sign*row['value'], default=None)
 
-# %% ../../nbs/03_training/08_search.ipynb #38ad03b0
+# %% ../../nbs/03_training/08_search.ipynb #65c494ac
 def _line(
     row:dict, # of the trial
     space:SearchSpace, # of the search
     best:dict|None, # row of the best one so far
+    n_trials:int, # that shall be finished
 )->str:
     "Say a trial in one line."
     show = lambda v: f'{v:.4g}' if isinstance(v, float) else str(v)
@@ -476,9 +478,9 @@ def _line(
     else: said = 'pruned with {1:.4f} at epoch {0}'.format(*row['curve'][-1])
     values = '  '.join(f'{key} {show(v)}' for key, v in row['values'].items())
     top = f'  best {best["value"]:.4f} (trial {best["number"] + 1})' if best else ''
-    return f'trial {row["number"] + 1}/{space.trials}  {values}  {space.metric} {said}  {row["seconds"]:.1f} s{top}'
+    return f'trial {row["number"] + 1}/{n_trials}  {values}  {space.metric} {said}  {row["seconds"]:.1f} s{top}'
 
-# %% ../../nbs/03_training/08_search.ipynb #8ef25df0
+# %% ../../nbs/03_training/08_search.ipynb #3078eae8
 def search(
     space:SearchSpace, # what to search, and how
     train:Callable, # (experiment, callbacks) -> number, or dict with `space.metric`
@@ -496,7 +498,7 @@ def search(
             _attempt(space, study, study.ask(distributions), train)
             rows = [_row(k, t) for k, t in enumerate(_finished(study))]
             best = _best(rows, space.direction)
-            write(_line(rows[-1], space, best))
+            write(_line(rows[-1], space, best, n_trials))
             if len(rows) >= 5 and all(row['state'] == 'failed' for row in rows):
                 raise ValueError('a search needs a trial that works, got five failures, '
                                  f'the last: {rows[-1]["error"]}')

@@ -32,7 +32,7 @@ from ..exercises import exercise
 from ..plots import COLORS
 from .configuration import nearest
 
-# %% ../../nbs/03_training/06_tracking.ipynb #e7b2260b
+# %% ../../nbs/03_training/06_tracking.ipynb #cf1caef6
 class Tracker:
     "Where a run is written down: `start`, then anything, then `finish`; a tracker skips what it has no place for."
     def start(self,
@@ -58,7 +58,7 @@ class Tracker:
     )->None: "Keep a text; the last one of a name counts."
     def flush(self)->None: "Bring what is waiting to safety."
     def finish(self,
-        status:str='finished', # or `failed`
+        status:str='finished', # or `failed`, or `stopped` from outside
     )->None: "End."
 
 # %% ../../nbs/03_training/06_tracking.ipynb #256e92d7
@@ -477,10 +477,10 @@ def _begin(self:TrackingCallback):
     atexit.register(self._ending)
     self._tell('text', 'model', summary(self.model))
 
-# %% ../../nbs/03_training/06_tracking.ipynb #395ffbf7
+# %% ../../nbs/03_training/06_tracking.ipynb #0cd4972c
 @patch
 def finish(self:TrackingCallback,
-    status:str='finished', # or `failed`
+    status:str='finished', # or `failed`, or `stopped` from outside
 )->None:
     "End the trackers, once."
     if not self._is_started: return
@@ -701,7 +701,7 @@ class MLflowTracker(Tracker):
         self.id = _identity(file, None, self.client.create_run(experiment, run_name=run['name']).info.run_id)
         for key, value in _flat(run.get('config', {})).items(): self.client.log_param(self.id, key, value)
 
-# %% ../../nbs/03_training/06_tracking.ipynb #c456478a
+# %% ../../nbs/03_training/06_tracking.ipynb #b26e8e65
 @patch
 def scalars(self:MLflowTracker, step, values):
     from mlflow.entities import Metric
@@ -724,7 +724,8 @@ def text(self:MLflowTracker, name, text): self.client.log_text(self.id, text, f'
 
 
 @patch
-def finish(self:MLflowTracker, status='finished'): self.client.set_terminated(self.id, status.upper())
+def finish(self:MLflowTracker, status='finished'):
+    self.client.set_terminated(self.id, 'KILLED' if status == 'stopped' else status.upper())
 
 # %% ../../nbs/03_training/06_tracking.ipynb #035febff
 class WandbTracker(Tracker):
@@ -834,13 +835,13 @@ def make_tracker(
                          f'the nearest is {nearest(name, TRACKERS)!r}')
     return TRACKERS[name](folder, **({} if name == 'local' else dict(project=project)), **kwargs)
 
-# %% ../../nbs/03_training/06_tracking.ipynb #ccc977cb
+# %% ../../nbs/03_training/06_tracking.ipynb #c61b931a
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     "What is known of a run without reading all of its numbers."
     folder:Path # of the run
     name:str # as it was started
-    status:str # `running`, `finished`, `failed`, `killed`, or `unreadable`
+    status:str # `running`, `finished`, `failed`, `stopped`, `killed`, or `unreadable`
     config:dict # dotted key: value
     last:dict # name: last number
     lowest:dict # name: smallest number
@@ -873,7 +874,7 @@ def _config(
     except (yaml.YAMLError, OSError, UnicodeError): found = None
     return _flat(found if isinstance(found, dict) else about.get('config') or {})
 
-# %% ../../nbs/03_training/06_tracking.ipynb #6f03f68b
+# %% ../../nbs/03_training/06_tracking.ipynb #d95f544c
 def read_record(
     folder, # of a run
 )->RunRecord:
@@ -899,7 +900,7 @@ def find_runs(
     root, # a folder with runs in it, at any depth
 )->list[RunRecord]: # oldest first
     "Find every run below a folder."
-    if not Path(root).is_dir(): raise ValueError(f'root must be an existing folder, got {str(root)!r}')
+    if not Path(root).is_dir(): raise ValueError(f'runs must be looked for in an existing folder, got {str(root)!r}')
     records = [read_record(file.parent) for file in Path(root).rglob('metrics.sqlite')]
     return sorted(records, key=lambda r: (r.started, str(r.folder)))
 
