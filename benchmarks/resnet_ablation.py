@@ -1,7 +1,8 @@
-"""What each part of the residual network and of its recipe is worth, on `fashion-mini`: run with `depth ablation`.
+"""What each part of the residual network and of its recipe is worth, on `fashion-mini`: run with `depth ablation preact`.
 
-`depth` stacks more and more blocks, with and without shortcuts; `ablation` takes one thing at a time away from the main job; three seeds
-each. The chapter *Residual networks* reads `benchmarks/results/resnet_depth.json` and `resnet_ablation.json`."""
+`depth` stacks more and more blocks, with and without shortcuts; `ablation` takes one thing at a time away from the main job; `preact` trains the
+deepest of `depth` with pre-activation blocks, and with the last gamma of every block at zero; three seeds each. The chapter *Residual
+networks* reads `benchmarks/results/resnet_depth.json`, `resnet_ablation.json` and `resnet_preact.json`."""
 import argparse
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from dlfund.data.preprocessing import fit_preprocess
 from dlfund.training.configuration import TrainConfig
 from dlfund.training.learner import EpochLogCallback
 from dlfund.training.runs import make_learner
-from dlfund.vision.resnet import BasicBlock, ResNet, resnet_mini
+from dlfund.vision.resnet import BasicBlock, PreActResNet, ResNet, resnet_mini, zero_last_gamma
 
 SEEDS = (0, 1, 2)
 
@@ -93,8 +94,23 @@ def depth(fashion):
     return rows
 
 
+def preact(fashion):
+    "The deep networks of `depth` with two changes to their blocks."
+    rows = []
+    for n in (4, 8):
+        sizes = dict(n_channels=1, widths=(8, 16, 32, 64), n_blocks=(n, n, n, n))
+        kinds = {'last gamma 0': lambda: zero_last_gamma(ResNet(10, **sizes)), 'PreActBlock': lambda: PreActResNet(10, **sizes)}
+        for kind, make_model in kinds.items():
+            histories = [run(fashion, make_model, TrainConfig(epochs=3, lr=0.003, seed=seed)) for seed in SEEDS]
+            rows.append(dict(layers=2 + 8*n, kind=kind, accuracy=[h[-1]['accuracy'] for h in histories],
+                             train_loss=[h[-1]['train_loss'] for h in histories]))
+            print(f"{2 + 8*n:3} layers, {kind:14}  training loss {spread(rows[-1]['train_loss'])}  "
+                  f"validation accuracy {spread(rows[-1]['accuracy'])}", flush=True)
+    return rows
+
+
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('parts', nargs='+', choices=('depth', 'ablation'))
+    parser.add_argument('parts', nargs='+', choices=('depth', 'ablation', 'preact'))
     fashion = load('fashion-mini')
-    for part in parser.parse_args().parts: print(store(f'resnet_{part}', dict(depth=depth, ablation=ablation)[part](fashion), seeds=SEEDS, data=fashion.sha256))
+    for part in parser.parse_args().parts: print(store(f'resnet_{part}', dict(depth=depth, ablation=ablation, preact=preact)[part](fashion), seeds=SEEDS, data=fashion.sha256))

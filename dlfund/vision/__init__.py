@@ -5,27 +5,43 @@
 # %% auto #0
 __all__ = ['MODELS', 'build']
 
-# %% ../../nbs/04_vision/00_models.ipynb #de0c5114
-import difflib
+# %% ../../nbs/04_vision/00_models.ipynb #ad311e66
+import difflib, inspect
 
 from torch import nn
 
-from .resnet import resnet_mini
+from .classics import (alexnet, lenet, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn,
+                                    vgg_mini)
+from .convnext import convnext_base, convnext_large, convnext_mini, convnext_small, convnext_tiny
+from .efficientnet import (efficientnet_b0, efficientnet_b1, efficientnet_b2, efficientnet_b3,
+                                        efficientnet_b4, efficientnet_b5, efficientnet_b6, efficientnet_b7,
+                                        efficientnet_mini, efficientnet_v2_l, efficientnet_v2_m, efficientnet_v2_s)
+from .resnet import (resnet18, resnet34, resnet50, resnet101, resnet152, resnet_mini, resnext50_32x4d,
+                                  resnext101_32x8d, resnext101_64x4d, wide_resnet50_2, wide_resnet101_2)
 
-# %% ../../nbs/04_vision/00_models.ipynb #59be1d00
-MODELS = {'resnet-mini': resnet_mini}
+# %% ../../nbs/04_vision/00_models.ipynb #88b0d25f
+MODELS = {'resnet-mini': resnet_mini, 'vgg-mini': vgg_mini, 'convnext-mini': convnext_mini,
+          'efficientnet-mini': efficientnet_mini, 'lenet': lenet}
+MODELS |= {function.__name__: function for function in (
+    alexnet, vgg11, vgg11_bn, vgg13, vgg13_bn, vgg16, vgg16_bn, vgg19, vgg19_bn,
+    resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, resnext101_32x8d, resnext101_64x4d,
+    wide_resnet50_2, wide_resnet101_2, convnext_tiny, convnext_small, convnext_base, convnext_large,
+    efficientnet_b0, efficientnet_b1, efficientnet_b2, efficientnet_b3, efficientnet_b4, efficientnet_b5,
+    efficientnet_b6, efficientnet_b7, efficientnet_v2_s, efficientnet_v2_m, efficientnet_v2_l)}
 
 
 def build(
     name:str, # an architecture of `MODELS`
     n_classes:int=1000, # classes to tell apart; at least 1
     n_channels:int=3, # channels of the pictures
-    width:float=1.0, # multiplies the channels of every layer
+    width:float=1.0, # multiplies the channels of every layer, where the architecture can; else 1
     **args, # further arguments of the function in `MODELS`
 )->nn.Module: # with fresh random weights
     "Build a network by its name."
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
-        raise ValueError(f'model.name must be one of {sorted(MODELS)}, got {name!r}: the nearest is {near!r}')
+        raise ValueError(f'model.name must be an architecture of dlfund.vision.MODELS, got {name!r}: the nearest is {near!r}')
     if n_classes < 1: raise ValueError(f'n_classes must be at least 1, got {n_classes}')
-    return MODELS[name](n_classes, n_channels=n_channels, width=width, **args)
+    if 'width' in inspect.signature(MODELS[name]).parameters: args['width'] = width
+    elif width != 1: raise ValueError(f'model.width must be 1 for {name}, whose widths are fixed, got {width}')
+    return MODELS[name](n_classes, n_channels=n_channels, **args)
