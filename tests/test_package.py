@@ -214,7 +214,7 @@ def test_what_is_in_the_wheel(wheel):
     assert {name for name in names if name.startswith('dlfund/')} == ours | chapters
     assert {name.split('/')[0] for name in names} == {'dlfund', meta}
     assert {f'{meta}/licenses/LICENSE', f'{meta}/licenses/LICENSE-prose', 'dlfund/data/embedded/LICENSES.md'} <= names
-    assert wheel.stat().st_size < 16_000_000
+    assert wheel.stat().st_size < 32_000_000 # a third of what PyPI takes; most of it are the chapters' figures
 
 
 def test_what_the_wheel_says(wheel):

@@ -354,7 +354,7 @@ def adjust_saturation(
     "Mix with the grey picture."
     return x if _checked(x).shape[1] == 1 else _blend(x, _grey(x), factor)
 
-# %% ../../nbs/02_data/04_augmentation.ipynb #934478fc
+# %% ../../nbs/02_data/04_augmentation.ipynb #2ad72c4f
 def adjust_hue(
     x:Tensor, # bytes, or floats from 0 to 1, `(batch, 1 or 3, height, width)`; grey ones come back unchanged
     shift:float|Tensor, # turns, -0.5 to 0.5; a number or `(batch,)`
@@ -375,7 +375,9 @@ def adjust_hue(
 def color_jitter(
     x:Tensor, # bytes, or floats from 0 to 1, `(batch, 1 or 3, height, width)`
     *,
-    brightness:float=0.2, contrast:float=0.2, saturation:float=0.2, # how far the factors may be from 1, 0 to 1
+    brightness:float=0.2, # how far its factor may be from 1, 0 to 1
+    contrast:float=0.2, # the same for contrast
+    saturation:float=0.2, # the same for saturation
     hue:float=0.05, # how far the hue may turn, 0 to 0.5
     generator:torch.Generator|None=None, # of the random choices; PyTorch's global one by default
 )->Tensor: # of the same type

@@ -19,7 +19,7 @@ from .efficientnet import (efficientnet_b0, efficientnet_b1, efficientnet_b2, ef
 from .resnet import (resnet18, resnet34, resnet50, resnet101, resnet152, resnet_mini, resnext50_32x4d,
                                   resnext101_32x8d, resnext101_64x4d, wide_resnet50_2, wide_resnet101_2)
 
-# %% ../../nbs/04_vision/00_models.ipynb #88b0d25f
+# %% ../../nbs/04_vision/00_models.ipynb #0800389f
 MODELS = {'resnet-mini': resnet_mini, 'vgg-mini': vgg_mini, 'convnext-mini': convnext_mini,
           'efficientnet-mini': efficientnet_mini, 'lenet': lenet}
 MODELS |= {function.__name__: function for function in (
@@ -40,7 +40,8 @@ def build(
     "Build a network by its name."
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1, cutoff=0)[0]
-        raise ValueError(f'model.name must be an architecture of dlfund.vision.MODELS, got {name!r}: the nearest is {near!r}')
+        raise ValueError('model.name must be an architecture of dlfund.vision.MODELS, '
+                         f'got {name!r}: the nearest is {near!r}')
     if n_classes < 1: raise ValueError(f'n_classes must be at least 1, got {n_classes}')
     if 'width' in inspect.signature(MODELS[name]).parameters: args['width'] = width
     elif width != 1: raise ValueError(f'model.width must be 1 for {name}, whose widths are fixed, got {width}')

@@ -9,15 +9,15 @@ __all__ = ['BASELINE', 'SIZES', 'STAGES_V2', 'STAGES_MINI', 'multiply_adds', 'ma
            'efficientnet_b3', 'efficientnet_b4', 'efficientnet_b5', 'efficientnet_b6', 'efficientnet_b7',
            'efficientnet_v2_s', 'efficientnet_v2_m', 'efficientnet_v2_l', 'efficientnet_mini']
 
-# %% ../../nbs/04_vision/06_efficientnet.ipynb #8e14f322
+# %% ../../nbs/04_vision/06_efficientnet.ipynb #ac4172c0
 import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
 
 from ..exercises import exercise
+from .convnext import StochasticDepth
 
 # %% ../../nbs/04_vision/06_efficientnet.ipynb #b0f6bf78
 def multiply_adds(
@@ -81,7 +81,7 @@ def conv_norm(
     layers = [nn.Conv2d(c_in, c_out, kernel, stride, kernel//2, groups=groups, bias=False), nn.BatchNorm2d(c_out)]
     return nn.Sequential(*layers, nn.SiLU(inplace=True)) if activation else nn.Sequential(*layers)
 
-# %% ../../nbs/04_vision/06_efficientnet.ipynb #58629027
+# %% ../../nbs/04_vision/06_efficientnet.ipynb #632d8d93
 class MBConv(nn.Module):
     "Widen, filter each channel, gate, narrow: Tan and Le 2019, sec. 4, <https://arxiv.org/abs/1905.11946>."
     def __init__(self,
@@ -99,7 +99,7 @@ class MBConv(nn.Module):
         widen = [conv_norm(c_in, dim)] if dim != c_in else []
         self.block = nn.Sequential(*widen, conv_norm(dim, dim, kernel=kernel, stride=stride, groups=dim),
                                    SqueezeExcitation(dim, max(1, c_in // 4)), conv_norm(dim, c_out, activation=False))
-        self.use_shortcut, self.stochastic_depth = stride == 1 and c_in == c_out, StochasticDepth(drop, 'row')
+        self.use_shortcut, self.stochastic_depth = stride == 1 and c_in == c_out, StochasticDepth(drop)
     def forward(self,
         x:Tensor, # maps `(batch, c_in, height, width)`
     )->Tensor: # maps `(batch, c_out, height/stride, width/stride)`, rounded up
@@ -107,7 +107,7 @@ class MBConv(nn.Module):
         y = self.block(x) # (b, c_out, h/stride, w/stride)
         return x + self.stochastic_depth(y) if self.use_shortcut else y
 
-# %% ../../nbs/04_vision/06_efficientnet.ipynb #82fc85b1
+# %% ../../nbs/04_vision/06_efficientnet.ipynb #c6fada83
 class FusedMBConv(nn.Module):
     "Widen with an ordinary convolution, then narrow: Tan and Le 2021, fig. 2, <https://arxiv.org/abs/2104.00298>."
     def __init__(self,
@@ -124,7 +124,7 @@ class FusedMBConv(nn.Module):
         dim = make_divisible(c_in * expand)
         narrow = [conv_norm(dim, c_out, activation=False)] if dim != c_in else []
         self.block = nn.Sequential(conv_norm(c_in, dim if narrow else c_out, kernel=kernel, stride=stride), *narrow)
-        self.use_shortcut, self.stochastic_depth = stride == 1 and c_in == c_out, StochasticDepth(drop, 'row')
+        self.use_shortcut, self.stochastic_depth = stride == 1 and c_in == c_out, StochasticDepth(drop)
     def forward(self,
         x:Tensor, # maps `(batch, c_in, height, width)`
     )->Tensor: # maps `(batch, c_out, height/stride, width/stride)`, rounded up

@@ -56,11 +56,11 @@ def windows2d(
         margins += [padding, (count - 1)*stride + kernel_size - padding - n]
     return F.pad(x, margins, value=fill).unfold(2, kernel_size, stride).unfold(3, kernel_size, stride)
 
-# %% ../../nbs/04_vision/02_pooling.ipynb #d3f9d483
+# %% ../../nbs/04_vision/02_pooling.ipynb #2c6c4f05
 class MaxPoolFunction(torch.autograd.Function):
     "Maximum of each window and its place; the gradient goes to the winners."
     @staticmethod
-    def forward(ctx,
+    def forward(ctx, # keeps what the backward pass needs
         x:Tensor, # maps `(batch, channels, height, width)`
         kernel_size:int, # pixels along one side of the window
         stride:int, # pixels from window to window
@@ -78,7 +78,7 @@ class MaxPoolFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(indices)
         return y, indices
     @staticmethod
-    def backward(ctx,
+    def backward(ctx, # of the forward pass
         upstream:Tensor, # gradient of the loss at the maxima
         of_indices:Tensor, # not used: places have no gradient
     )->tuple: # gradient at `x`, and None for the four numbers
