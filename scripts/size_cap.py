@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-LIMIT = 1_000_000 # bytes
+LIMIT = 2_000_000 # bytes; a chapter with photographs and scenes has a good megabyte
 EMBEDDED = 'dlfund/data/embedded/'
 
 

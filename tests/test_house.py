@@ -95,7 +95,7 @@ def test_size_cap(tmp_path, monkeypatch):
     names = ['small', 'large', 'dlfund/data/embedded/large', 'absent']
     for name, size in zip(names, [size_cap.LIMIT, size_cap.LIMIT + 1, size_cap.LIMIT + 1]):
         Path(name).write_bytes(bytes(size))
-    assert size_cap.too_large(names) == ['large: 1,000,001 bytes, at most 1,000,000']
+    assert size_cap.too_large(names) == [f'large: {size_cap.LIMIT + 1:,} bytes, at most {size_cap.LIMIT:,}']
 
 
 def test_oldest():

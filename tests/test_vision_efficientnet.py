@@ -77,7 +77,8 @@ def test_names_shapes_counts_and_settings(name):
     assert abs(sum(multiply_adds(mine, (3, side, side)).values()) / 1e9 - weights.meta['_ops']) <= 0.001
     norms = [[(m.eps, m.momentum) for m in model.modules() if isinstance(m, nn.BatchNorm2d)] for model in (mine, its)]
     assert norms[0] == norms[1]
-    rates = [[m.p for m in model.modules() if hasattr(m, 'p')] for model in (mine, its)]
+    rates = [[getattr(m, 'p', getattr(m, 'rate', None)) for m in model.modules() if hasattr(m, 'p') or hasattr(m, 'rate')]
+             for model in (mine, its)] # torchvision's StochasticDepth calls its rate `p`
     assert rates[0] == rates[1] # dropout, and the stochastic depth of every block
 
 
