@@ -1,4 +1,4 @@
-"""From a bottleneck ResNet to a ConvNeXt on `fashion-mini`, one change at a time: run with `steps mini times`.
+"""From a bottleneck ResNet to a ConvNeXt on `fashion-mini`, one change at a time; `--only steps`, `mini` or `times` runs one part.
 
 `steps` trains the twelve networks of the road, `mini` the book's two small networks for longer, with three seeds each; `times` times a
 training step of all of them, taking turns. The chapter *ConvNeXt* reads `benchmarks/results/vision_convnext.json`, into which all parts write."""
