@@ -35,7 +35,7 @@ setup(
     long_description_content_type='text/markdown', python_requires=f'>={cfg["min_python"]}',
     classifiers=['Intended Audience :: Education', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],
-    packages=find_packages(include=['dlfund', 'dlfund.*']), package_data={'dlfund.data': ['embedded/*']},
+    packages=find_packages(include=['dlfund', 'dlfund.*']), package_data={'dlfund.data': ['embedded/*'], 'dlfund.vision': ['pretrained/*/*']},
     install_requires=cfg['requirements'].split(), extras_require=extras,
     entry_points=dict(console_scripts=cfg['console_scripts'].split(), nbdev=[f'{cfg["lib_name"]}={cfg["lib_name"]}._modidx:d']),
     license_files=['LICENSE', 'LICENSE-prose'], zip_safe=False, cmdclass=dict(build_py=BuildWithChapters))

@@ -10,8 +10,9 @@ from common import RESULTS, spread, stepper, store
 from dlfund.data.datasets import load
 from dlfund.training.configuration import TrainConfig
 from dlfund.vision.convnext import STEPS, StepNet, convnext_mini, step_to
-from dlfund.vision.resnet import multiplications, resnet_mini
-from resnet_ablation import SEEDS, run
+from dlfund.vision.classics import multiply_adds
+from dlfund.vision.resnet import resnet_mini
+from vision_resnet import SEEDS, run
 
 PARTS = dict(steps={name: lambda name=name: StepNet(step_to(name), 10, dim=8) for name in STEPS},
              mini={make.__name__: lambda make=make: make(10) for make in (resnet_mini, convnext_mini)})
@@ -22,7 +23,7 @@ def train(fashion, make_model, epochs):
     "Count, and train with every seed."
     net, x = make_model(), torch.randn(1, 1, 28, 28)
     histories = [run(fashion, make_model, TrainConfig(epochs=epochs, lr=0.004, seed=seed)) for seed in SEEDS]
-    return dict(parameters=sum(p.numel() for p in net.parameters()), multiplications=multiplications(net, x),
+    return dict(parameters=sum(p.numel() for p in net.parameters()), multiplications=multiply_adds(net, x.shape[1:]),
                 accuracy=[h[-1]['accuracy'] for h in histories], train_loss=[h[-1]['train_loss'] for h in histories])
 
 

@@ -14,7 +14,8 @@ from dlfund.data.preprocessing import fit_preprocess
 from dlfund.training.configuration import TrainConfig
 from dlfund.training.learner import EpochLogCallback
 from dlfund.training.runs import make_learner
-from dlfund.vision.efficientnet import SqueezeExcitation, compound, efficientnet_mini, multiply_adds
+from dlfund.vision.classics import multiply_adds
+from dlfund.vision.efficientnet import SqueezeExcitation, compound, efficientnet_mini
 
 SEEDS, EPOCHS = (0, 1, 2), 4
 BASE = dict(width=1.0, depth=1.0, side=14)
@@ -48,7 +49,7 @@ def make(width, depth, side, gates=True):
 def size(**sizes):
     "Multiply-adds and parameters."
     with torch.device('meta'): model = make(**sizes)
-    return sum(multiply_adds(model, (1, sizes['side'], sizes['side'])).values()), sum(p.numel() for p in model.parameters())
+    return multiply_adds(model, (1, sizes['side'], sizes['side'])), sum(p.numel() for p in model.parameters())
 
 
 def nearest(options, target, which):

@@ -291,6 +291,13 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole(tiny, tmp_path):
     assert run('train', '--resume', run_folder, cwd=tmp_path, program=tiny).returncode == 0
 
 
+def test_a_disk_that_is_full_from_the_start_is_told_before_the_first_epoch(tiny, tmp_path):
+    limited = [*tiny[:2], f'{LIMITED}limit(50_000) # no checkpoint fits\n{tiny[2]}']
+    ran = run('train', 'data.name=mnist', 'train.epochs=2', cwd=tmp_path, program=limited, **unmeasured())
+    assert 'checkpoints/step-' in one_line(ran) and 'File too large' in ran.stderr
+    assert 'epoch' not in ran.stdout and not os.listdir(tmp_path/'runs'/'mnist-resnet-mini-1'/'checkpoints')
+
+
 @pytest.mark.parametrize('name', ['notes', 'notes.zip'])
 def test_a_bundle_does_not_replace_what_is_not_one(bundle, tmp_path, name):
     (tmp_path/name).mkdir()

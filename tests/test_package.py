@@ -208,7 +208,7 @@ def wheel(tmp_path_factory):
 def test_what_is_in_the_wheel(wheel):
     with zipfile.ZipFile(wheel) as z: names = set(z.namelist())
     meta = f'dlfund-{CONFIG["version"]}.dist-info'
-    ours = {relative(p) for pattern in ('*.py', 'embedded/*') for p in (ROOT/'dlfund').rglob(pattern)}
+    ours = {relative(p) for pattern in ('*.py', 'embedded/*', 'pretrained/*/*') for p in (ROOT/'dlfund').rglob(pattern)}
     chapters = {f'dlfund/chapters/{relative(p)}' for pattern in ('nbs/**/*.ipynb', 'nbs/references.bib', 'benchmarks/results/*')
                 for p in ROOT.glob(pattern) if '.ipynb_checkpoints' not in p.parts}
     assert {name for name in names if name.startswith('dlfund/')} == ours | chapters

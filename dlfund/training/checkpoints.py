@@ -281,11 +281,11 @@ class CheckpointCallback(Callback):
         self._keep, self._about, self._is_writer = keep, about or {}, True
         self._thread = self._error = self._state = None
     def before_fit(self):
-        "Go on from a checkpoint, or save a first one."
         self._saved_at, self._epoch_random = time.monotonic(), None
         self.sweep()
         if self._resume: self._go_on(read_checkpoint(self._folder))
         self.save(self.epoch, 0)
+        self.flush() # a full or read-only disk is told now, not after an hour
     def before_epoch(self):
         if self._state is not None and self._state['n_batches']: self.learn.all_batches = self._rest_of_the_epoch
     def before_train(self): self._epoch_random = self.random_state()

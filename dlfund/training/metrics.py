@@ -6,7 +6,7 @@
 __all__ = ['IOU_THRESHOLDS', 'RECALL_LEVELS', 'Metric', 'Accuracy', 'confusion_matrix', 'ConfusionMatrix', 'class_scores',
            'ClassScore', 'ranked_counts', 'AUC', 'BinnedAUC', 'CalibrationError', 'Perplexity', 'BLEU', 'MeanOf',
            'absolute_error', 'squared_error', 'mase_scale', 'scaled_error', 'crps_ensemble', 'crps_quantiles',
-           'crps_gaussian', 'box_iou', 'match_boxes', 'DetectionMAP', 'MetricAdapter', 'as_fastai', 'sync']
+           'crps_gaussian', 'iou_matrix', 'match_boxes', 'DetectionMAP', 'MetricAdapter', 'as_fastai', 'sync']
 
 # %% ../../nbs/03_training/02_metrics.ipynb #9c36ef53
 import copy, math
@@ -507,7 +507,7 @@ IOU_THRESHOLDS = torch.from_numpy(np.linspace(0.5, 0.95, 10)) # as pycocotools m
 RECALL_LEVELS = torch.from_numpy(np.linspace(0, 1, 101))
 
 
-def box_iou(
+def iou_matrix(
     a:Tensor, # boxes `(n, 4)`: left, top, right, bottom
     b:Tensor, # boxes `(m, 4)`
 )->Tensor: # `float64` `(n, m)`, 0 to 1
@@ -580,7 +580,7 @@ def measure(self:DetectionMAP,
         for c in labels.unique().tolist():
             rows = (labels == c).nonzero()[:, 0]
             rows = rows[scores[rows].argsort(descending=True, stable=True)[:self.max_detections]]
-            hits = match_boxes(box_iou(boxes[rows], true_boxes[true == c]))
+            hits = match_boxes(iou_matrix(boxes[rows], true_boxes[true == c]))
             parts.append(dict(scores=scores[rows], labels=labels[rows], hits=hits))
     return dict(n=torch.tensor(len(pred)), truths=truths,
                 **{k: torch.cat([part[k] for part in parts]) for k in self.stored})

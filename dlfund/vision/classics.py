@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['C3_TABLE', 'VGG_STAGES', 'ScaledTanh', 'Subsampling', 'TableConv2d', 'RBFOutput', 'draw_lecun', 'LeNet5', 'LeNet',
            'lenet', 'local_response_norm', 'AlexNet', 'alexnet', 'VGG', 'draw_vgg', 'vgg', 'vgg11', 'vgg13', 'vgg16',
-           'vgg19', 'vgg11_bn', 'vgg13_bn', 'vgg16_bn', 'vgg19_bn', 'Cost', 'count_cost', 'vgg_mini']
+           'vgg19', 'vgg11_bn', 'vgg13_bn', 'vgg16_bn', 'vgg19_bn', 'Cost', 'count_cost', 'multiply_adds', 'vgg_mini']
 
 # %% ../../nbs/04_vision/03_classics.ipynb #79f9c0d7
 import math
@@ -373,6 +373,14 @@ def count_cost(
     finally:
         for hook in hooks: hook.remove()
     return found
+
+# %% ../../nbs/04_vision/03_classics.ipynb #a671e51f
+def multiply_adds(
+    model:nn.Module, # as in `count_cost`
+    shape:tuple[int, ...], # of one example, without the batch
+)->int: # for one example
+    "Count the multiply-adds of a whole network, which papers call FLOPs."
+    return sum(cost.n_multiply_adds for cost in count_cost(model, shape).values())
 
 # %% ../../nbs/04_vision/03_classics.ipynb #89a6ea67
 def vgg_mini(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BasicBlock', 'Bottleneck', 'he_weights', 'ResNet', 'resnet_mini', 'resnet18', 'resnet34', 'resnet50', 'resnet101',
            'resnet152', 'resnext50_32x4d', 'resnext101_32x8d', 'resnext101_64x4d', 'wide_resnet50_2',
-           'wide_resnet101_2', 'multiplications', 'zero_last_gamma', 'PreActBlock', 'PreActResNet']
+           'wide_resnet101_2', 'zero_last_gamma', 'PreActBlock', 'PreActResNet']
 
 # %% ../../nbs/04_vision/04_resnet.ipynb #c08418fc
 import math
@@ -29,7 +29,7 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(c_out)
         self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, padding=1, bias=False), nn.BatchNorm2d(c_out)
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)
         self.downsample = None
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
@@ -60,7 +60,7 @@ class Bottleneck(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, groups=groups, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3, self.bn3 = nn.Conv2d(width, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
-        self.relu, self.downsample = nn.ReLU(), None
+        self.relu, self.downsample = nn.ReLU(inplace=True), None
         if stride != 1 or c_in != c_out:
             self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
     def forward(self,
@@ -98,7 +98,7 @@ class ResNet(nn.Module):
             raise ValueError(f'widths and n_blocks must be as many, got {widths} and {n_blocks}')
         c, k = (stem or widths[0]), (7 if stem else 5)
         self.conv1 = nn.Conv2d(n_channels, c, k, stride=2, padding=k//2, bias=False)
-        self.bn1, self.relu = nn.BatchNorm2d(c), nn.ReLU()
+        self.bn1, self.relu = nn.BatchNorm2d(c), nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if stem else None
         self.stages = [f'layer{i}' for i in range(1, len(widths) + 1)]
         for name, c_in, c_out, depth in zip(self.stages, (c, *widths), widths, n_blocks):
@@ -230,22 +230,6 @@ def wide_resnet101_2(
     "ResNet-101 with bottlenecks twice as wide: Zagoruyko and Komodakis 2016, <https://arxiv.org/abs/1605.07146>."
     return _resnet(n_classes, n_channels, (3, 4, 23, 3), partial(Bottleneck, base_width=128))
 
-# %% ../../nbs/04_vision/04_resnet.ipynb #937e6ff4
-def multiplications(
-    net:nn.Module, # made of convolutions and linear layers, and layers that hardly multiply
-    x:Tensor, # one input with its batch dimension, as `net` takes it; on the device of `net`, which may be `meta`
-)->int: # products of a weight and an activation in one forward pass
-    "Count the multiplications of the convolutions and linear layers of a network."
-    counts = []
-    def count(layer, inputs, y):
-        per_number = layer.weight[0].numel() if isinstance(layer, nn.Conv2d) else layer.in_features
-        counts.append(y.numel() * per_number)
-    layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-    hooks = [layer.register_forward_hook(count) for layer in layers]
-    with torch.no_grad(): net(x)
-    for hook in hooks: hook.remove()
-    return sum(counts)
-
 # %% ../../nbs/04_vision/04_resnet.ipynb #2f9cfc0a
 def zero_last_gamma(
     net:nn.Module, # with a `BasicBlock` or a `Bottleneck` in it; changed in place
@@ -268,7 +252,7 @@ class PreActBlock(nn.Module):
         super().__init__()
         self.bn1, self.conv1 = nn.BatchNorm2d(c_in), nn.Conv2d(c_in, c_out, 3, stride, padding=1, bias=False)
         self.bn2, self.conv2 = nn.BatchNorm2d(c_out), nn.Conv2d(c_out, c_out, 3, padding=1, bias=False)
-        self.relu, self.downsample = nn.ReLU(), None
+        self.relu, self.downsample = nn.ReLU(inplace=True), None
         if stride != 1 or c_in != c_out: self.downsample = nn.Conv2d(c_in, c_out, 1, stride, bias=False)
     def forward(self,
         x:Tensor, # maps `(batch, c_in, height, width)`

@@ -1,8 +1,8 @@
-"""What each part of the residual network and of its recipe is worth, on `fashion-mini`: run with `depth ablation preact`.
+"""What each part of the residual network and of its recipe is worth, on `fashion-mini`.
 
 `depth` stacks more and more blocks, with and without shortcuts; `ablation` takes one thing at a time away from the main job; `preact` trains the
 deepest of `depth` with pre-activation blocks, and with the last gamma of every block at zero; three seeds each. The chapter *Residual
-networks* reads `benchmarks/results/resnet_depth.json`, `resnet_ablation.json` and `resnet_preact.json`."""
+networks* reads `benchmarks/results/vision_resnet_<part>.json`."""
 import argparse
 from dataclasses import replace
 
@@ -109,8 +109,15 @@ def preact(fashion):
     return rows
 
 
-if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('parts', nargs='+', choices=('depth', 'ablation', 'preact'))
-    fashion = load('fashion-mini')
-    for part in parser.parse_args().parts: print(store(f'resnet_{part}', dict(depth=depth, ablation=ablation, preact=preact)[part](fashion), seeds=SEEDS, data=fashion.sha256))
+PARTS = dict(depth=depth, ablation=ablation, preact=preact)
+
+
+def main():
+    "Run the parts, and store each when it is done."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', choices=PARTS, help='one part; by default all')
+    only, fashion = parser.parse_args().only, load('fashion-mini')
+    for part in [only] if only else PARTS: print(store(f'vision_resnet_{part}', PARTS[part](fashion), seeds=SEEDS, data=fashion.sha256))
+
+
+if __name__ == '__main__': main()
