@@ -1,5 +1,6 @@
 """The book's small detectors on the same scenes of real garments, same trunk, same epochs: mAP, seconds, errors; and post-processing beside torchvision's."""
 import argparse, importlib, json, time
+from dataclasses import replace
 from statistics import mean
 from types import SimpleNamespace
 
@@ -8,14 +9,13 @@ import torchvision
 from fastai.learner import Learner
 import fastai.callback.schedule # adds Learner.fit_one_cycle
 from torch import nn
-from torch.nn import functional as F
 
 from common import RESULTS, spread, store
 from dlfund.data.datasets import load
 from dlfund.data.loading import seed_everything
-from dlfund.vision.boxes import clip_boxes, decode_boxes
-from dlfund.vision.detection import (DetectionCallback, detect, detection_errors, detection_loaders, judge, keep_best,
-                                     precision_curves, scenes)
+from dlfund.vision.detection import DetectionCallback, detect, detection_errors, detection_loaders, judge, precision_curves, scenes
+from dlfund.vision.faster_rcnn import detect_regions
+from dlfund.vision.ssd import SSD300, ssd_answers
 
 NAME = 'vision_detection'
 BUILDERS = dict(center='detection.center_mini', ssd='ssd.ssd_mini', yolo='yolo.yolo_mini', faster_rcnn='faster_rcnn.faster_rcnn_mini')
@@ -105,21 +105,8 @@ def raw_answers(n, n_classes, generator):
     return anchors, torch.randn(n, 4, generator=generator), logits
 
 
-def ours(anchors, codes, logits, size, per_class, n_after):
-    "Decode, clip, threshold, suppress, with the book's functions."
-    boxes = clip_boxes(decode_boxes(codes, anchors, weights=(10, 10, 5, 5)), size)
-    scores = F.softmax(logits, -1)[:, 1:] # (n, classes)
-    if per_class:
-        top, rows = scores.topk(min(per_class, len(scores)), dim=0)
-        scores, rows, labels = top.T.flatten(), rows.T.flatten(), torch.arange(scores.shape[1]).repeat_interleave(len(top))
-    else:
-        rows, labels = (v.flatten() for v in torch.meshgrid(torch.arange(len(scores)), torch.arange(scores.shape[1]), indexing='ij'))
-        scores = scores.flatten()
-    return keep_best(boxes[rows], scores, labels, score_threshold=0.05, n_before=len(scores), n_after=n_after)
-
-
 def post_processing(args):
-    "Milliseconds of keep_best beside torchvision's SSD and Faster R-CNN on the same random answers, which must agree."
+    "Milliseconds of what SSD and Faster R-CNN do after the network, beside torchvision's, on the same random answers; they must agree."
     from torchvision.models.detection import _utils as box_utils
     from torchvision.models.detection.roi_heads import RoIHeads
     from torchvision.models.detection.ssd import SSD
@@ -128,14 +115,16 @@ def post_processing(args):
     rows = []
     for kind, n, n_classes in (('ssd', 1000, 10), ('ssd', 8732, 90), ('faster_rcnn', 1000, 90)):
         anchors, codes, logits = raw_answers(n, n_classes, torch.Generator().manual_seed(0))
-        size, per_class = (300, 300), 400 if kind == 'ssd' else None
+        size = 300, 300
         if kind == 'ssd':
+            config = replace(SSD300, score_threshold=0.05, iou_threshold=0.5, n_before=400, n_after=200)
+            mine = lambda: ssd_answers(codes[None], logits[None], anchors, size, config)[0]
             theirs = lambda: SSD.postprocess_detections(settings, dict(bbox_regression=codes[None], cls_logits=logits[None]), [anchors], [size])[0]
         else:
             repeated = codes.repeat(1, n_classes + 1) # class-wise codes, here all equal
+            mine = lambda: detect_regions(logits, repeated.unflatten(1, (-1, 4)), [anchors], size, n_after=200)[0]
             theirs = lambda: dict(zip(('boxes', 'scores', 'labels'), (v[0] for v in RoIHeads.postprocess_detections(
                 settings, logits, repeated, [anchors], [size]))))
-        mine = lambda: ours(anchors, codes, logits, size, per_class, 200)
         a, b = mine(), theirs()
         torch.testing.assert_close(a['boxes'], b['boxes']); torch.testing.assert_close(a['labels'] + 1, b['labels'])
         row = dict(kind=kind, boxes=n, classes=n_classes, kept=len(a['boxes']), ours=1000*seconds(mine, args.repeats),

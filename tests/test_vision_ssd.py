@@ -1,4 +1,4 @@
-"SSD300 of its true size is torchvision's: names, losses, every gradient, detections; and its answers take no longer."
+"SSD300 of its true size is torchvision's: names, losses, every gradient, detections."
 import pytest
 import torch
 import torchvision
