@@ -603,7 +603,7 @@ def freeze_norms(
     net:nn.Module, # changed in place
     eps:float=1e-5, # added to the variances
 )->nn.Module: # the same
-    "Put a `FrozenBatchNorm` in the place of every batch normalization: He et al. 2016, sec. 4.3."
+    "Put a `FrozenBatchNorm` in the place of every batch normalization: He et al. 2016, appendix A."
     for name, child in net.named_children():
         if isinstance(child, nn.BatchNorm2d): setattr(net, name, FrozenBatchNorm(child, eps))
         else: freeze_norms(child, eps)
