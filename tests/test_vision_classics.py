@@ -86,8 +86,8 @@ def test_bad_input_is_one_clear_error(name):
         assert model(torch.empty(1, 3, side, side)).shape == (1, 1000)
         for shape, said in {(1, 3, side - 1, 99): f'at least {side} x {side} pixels, got {side - 1} x 99',
                             (1, 3, 99, side - 1): f'at least {side} x {side} pixels, got 99 x {side - 1}',
-                            (1, 1, 99, 99): 'n_channels=3, got n_channels=1',
-                            (3, 99, 99): r'got shape \(3, 99, 99\)'}.items():
+                            (1, 1, 99, 99): r'\(batch, 3, height, width\), got torch.float32 \(1, 1, 99, 99\)',
+                            (3, 99, 99): r'got torch.float32 \(3, 99, 99\)'}.items():
             with pytest.raises(ValueError, match=said): model(torch.empty(shape))
     with pytest.raises(ValueError, match='n_classes must be at least 1, got n_classes=0'): make(0)
     with pytest.raises(ValueError, match='n_channels must be at least 1, got n_channels=0'): make(10, n_channels=0)

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from ..exercises import exercise
 from .boxes import (BACKGROUND, box_area, box_iou, check_boxes, clip_boxes, decode_boxes, encode_boxes,
                                  make_anchors, match_anchors)
-from .detection import Trunk, check_pictures, check_targets
+from .classics import check_pictures
+from .detection import Trunk, check_targets
 from .resnet import ResNet, resnet50
 
 # %% ../../nbs/04_vision/12_faster_rcnn.ipynb #d73c36ad

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from ..exercises import exercise
 from .boxes import (
     box_iou, clip_boxes, decode_boxes, default_shapes, encode_boxes, match_anchors, place_anchors)
-from .classics import VGG
-from .detection import Trunk, check_pictures, check_targets
+from .classics import VGG, check_pictures
+from .detection import Trunk, check_targets
 
 # %% ../../nbs/04_vision/10_ssd.ipynb #1f2c499c
 @dataclass(frozen=True, kw_only=True)
