@@ -3,7 +3,7 @@
 race:     trains on train and valid together, for --minutes with everything included; reads test once a run;
           stores vision_recipe_race_DATA.json (by default CIFAR-10, three seeds, both recipes: 90 minutes)
 budgets:  shorter races on the validation part, --epochs 2 5 10; stores vision_recipe_budgets_DATA.json
-ablation: one ingredient off at a time, on the validation part; stores vision_recipe_ablation_DATA.json
+ablation: one ingredient off at a time, on the validation part, with --pictures of the training part; stores vision_recipe_ablation_DATA.json
 try:      one run on the validation part with other settings (--set lr=0.15 n_epochs=8); nothing is stored
 
 CIFAR-10 needs DLFUND_DATA. For full speed set GLIBC_TUNABLES=glibc.malloc.hugetlb=1 and OMP_WAIT_POLICY=PASSIVE, and
@@ -191,12 +191,13 @@ def budgets(args):
 def ablation(args):
     "One ingredient off at a time."
     data, parts, extra = loaded(args.data, 'valid')
+    if args.pictures: parts[:2] = (part[::len(part)//args.pictures] for part in parts[:2]) # they lie class by class
     base = replace(RECIPES[args.data], n_epochs=args.epochs[0], **args.set)
-    for name in args.only or ABLATION:
-        change = ABLATION[name] if ABLATION[name] is not None else dict(sides=((0, parts[0].shape[1]),))
-        for seed in args.seeds:
+    for seed in args.seeds:
+        for name in args.only or ABLATION:
+            change = ABLATION[name] if ABLATION[name] is not None else dict(sides=((0, parts[0].shape[1]),))
             row = one_run(parts, replace(base, **change), seed, len(data.labels))
-            keep('ablation', args, data, [row | dict(without=name)], judged='valid')
+            keep('ablation', args, data, [row | dict(without=name, n_pictures=len(parts[0]))], judged='valid')
 
 
 def attempt(args):
@@ -225,6 +226,7 @@ def main(argv=None):
     parser.add_argument('--epochs', type=int, nargs='+', default=[4], help='for budgets (several) and ablation')
     parser.add_argument('--minutes', type=float, help='of a race, all included (15), or of the standard recipe')
     parser.add_argument('--only', nargs='+', choices=[*ABLATION], help='rows of the ablation')
+    parser.add_argument('--pictures', type=int, help='that the ablation trains on, about; all by default')
     parser.add_argument('--set', type=setting, nargs='+', default=[], metavar='NAME=VALUE', help='change the recipe')
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--fresh', action='store_true', help='forget what is stored')

@@ -161,7 +161,7 @@ def test_it_overfits_one_batch():
     (torch.rand(1, 1, 64, 64), [target((5, 5, 5, 31))], 'left < right'),
     (torch.rand(1, 1, 64, 64), [target((5, 5, 9, 31), label=5)], 'labels from 0 to 4'),
     (torch.rand(2, 1, 64, 64), [target()], 'each of 2'), (torch.rand(1, 1, 64, 64), target(), 'list'),
-    (torch.rand(1, 3, 64, 64), None, r'\(b, 1, h, w\)'), (torch.rand(0, 1, 64, 64), None, 'at least one picture'),
+    (torch.rand(1, 3, 64, 64), None, 'batch, 1, height, width'), (torch.rand(0, 1, 64, 64), None, 'at least one picture'),
     (torch.rand(1, 1, 64, 64), [dict(boxes=torch.zeros(0, 4))], 'boxes and labels')])
 def test_wrong_input_is_refused(x, targets, says):
     with pytest.raises(ValueError, match=says): yolo_mini(5)(x, targets)
