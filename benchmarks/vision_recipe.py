@@ -153,10 +153,12 @@ def loaded(name, judge):
 
 
 def keep(part, args, data, rows, **facts):
-    "Store rows next to those of other calls with the same data; `--fresh` begins anew."
+    "Store rows next to those of other calls with the same data, or in place of the same runs; `--fresh` begins anew."
     name = f'vision_recipe_{part}_{args.data}'
     file = RESULTS/f'{name}.json'
     old = json.loads(file.read_text())['results'] if file.exists() and not args.fresh else []
+    key = lambda row: (row['recipe'], row['seed'], row.get('without'), row['config'] if 'without' not in row else None)
+    old = [row for row in old if key(row) not in map(key, rows)] # a repeated run takes the place of its first
     print(store(name, old + rows, data=data.sha256, **facts))
     args.fresh = False
 
