@@ -37,7 +37,8 @@ def pages(docs): return {p.relative_to(docs).as_posix(): preview.parse(p) for p 
 # What every page has
 
 def test_addresses_are_those_of_nbdev(pages):
-    assert {_nbpath2html(p).as_posix() for p in NOTEBOOKS} == set(pages)
+    demos = {f'demo/{name}/index.html' for name in ('digits', 'garments')} # scripts/demo_pages.py
+    assert {_nbpath2html(p).as_posix() for p in NOTEBOOKS} | demos == set(pages)
 
 
 def test_no_broken_link_no_other_server_no_picture_without_text(docs): assert preview.check(docs) == []
@@ -232,3 +233,21 @@ def test_a_slider_needs_no_server(docs, browser):
     before = path.get_attribute('d')
     slider.press('End')
     assert path.get_attribute('d') != before
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize('name, example, answer', [('digits', 4, '4, '), ('garments', 1, 'Trouser, ')])
+def test_a_network_runs_inside_a_chapter(server, browser, docs, name, example, answer):
+    "The frame answers, by its engine or, without one, by what was stored; it takes the page's theme and shows no bar."
+    tab, wrong = watched(browser, color_scheme='light')
+    tab.goto(server + '09_deployment/pages.html')
+    frame = tab.locator(f'iframe[src*="demo/{name}/"]')
+    frame.scroll_into_view_if_needed()
+    inside = frame.content_frame
+    inside.locator('#examples button').nth(example).click()
+    if (docs/'demo'/'runtime').exists(): inside.locator('html[data-answered]').wait_for(timeout=60_000)
+    assert inside.locator('#answer').inner_text().startswith(answer)
+    tab.click('.quarto-color-scheme-toggle >> visible=true')
+    inside.locator('html[data-theme=dark]').wait_for()
+    heights = inside.locator('main').evaluate('e => [e.offsetHeight, window.frameElement.offsetHeight]')
+    assert heights[0] <= heights[1] and wrong == []
