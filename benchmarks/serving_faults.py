@@ -7,10 +7,9 @@ from pathlib import Path
 from statistics import median
 
 from common import store
-from hosts import make_resnet18 # puts tests/ on the path
+import hosts # puts tests/ on the path
 import hostile
-from dlfund.deployment.files import attach
-from serving_tools import SLOW, Running, arrays, make_bundle, trap_graph, trap_pictures, turns_of
+from serving_tools import SLOW, Running, make_trap, trap_pictures, turns_of
 from test_deployment_faults import storm
 
 SECONDS = 6.0 # of each storm
@@ -56,7 +55,7 @@ def lose(sign):
 
 def renew(server):
     "A new version arrives."
-    attach(server.bundle, {'model.onnx': trap_graph(1)})
+    make_trap(server.bundle, seed=1)
     server.until(lambda: server.events('reloaded'), 60)
 
 
@@ -96,9 +95,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)/'trap'
-        make_bundle(path, dict(name='lenet', n_classes=10, n_channels=1))
-        attach(path, {'model.onnx': trap_graph(n_slow=turns_of(0.1))})
+        path = make_trap(Path(folder)/'trap', n_slow=turns_of(0.1))
         for name, (strike, config, n_clients, kind) in ACCIDENTS.items():
             with Running(path, **config) as server:
                 server.bundle = path

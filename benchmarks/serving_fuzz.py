@@ -4,9 +4,8 @@ from pathlib import Path
 
 from common import store
 import hosts # puts tests/ on the path
-from dlfund.deployment.files import attach
 from dlfund.deployment.requests import new_key
-from serving_tools import Running, make_bundle, trap_graph
+from serving_tools import Running, make_trap
 from test_deployment_fuzz import fuzz
 
 
@@ -21,9 +20,7 @@ def main(argv=None):
     if args.quick: args.examples, args.seeds = 20, [1]
     rows, (key, digest) = [], new_key()
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder)/'trap'
-        make_bundle(path, dict(name='lenet', n_classes=10, n_channels=1))
-        attach(path, {'model.onnx': trap_graph(n_slow=10)})
+        path = make_trap(Path(folder)/'trap', n_slow=10)
         for seed in args.seeds:
             for keys in {}, dict(ann=dict(sha256=digest, rate=1e6, burst=1e6)):
                 with Running(path, keys=keys) as server:

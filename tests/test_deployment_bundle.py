@@ -20,7 +20,7 @@ OTHERS = [('object-detection', name) for name in ('ssd_mini', 'yolo_mini', 'fast
 OTHERS += [('semantic-segmentation', name) for name in ('unet_mini', 'fcn_mini')]
 
 
-def small_bundle(task='image-classification', name='lenet5', size=(28, 28)):
+def small_bundle(task='image-classification', name='lenet', size=(28, 28)):
     "An untrained bundle."
     torch.manual_seed(0)
     architecture = dict(name=name, n_classes=10, n_channels=1)
@@ -101,7 +101,7 @@ def test_every_task_comes_back(cli, pictures, tmp_path, task, name, suffix):
 
 def test_a_task_gets_only_its_own_networks(place):
     rewrite(place, other_facts(task='object-detection'))
-    with pytest.raises(BundleError, match='lenet5'): Bundle.load(place)
+    with pytest.raises(BundleError, match='lenet'): Bundle.load(place)
 
 
 # Files that are not what was saved

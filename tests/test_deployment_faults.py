@@ -1,25 +1,22 @@
 "What strangers and accidents do to a server: whatever it was, afterwards it is healthy and right, and it never said 500."
-import asyncio, concurrent.futures, io, os, re, resource, signal, socket, subprocess, sys, threading, time
-from contextlib import closing, contextmanager
+import asyncio, concurrent.futures, io, json, os, re, resource, signal, socket, threading, time
+from contextlib import contextmanager
 
 import numpy as np
 import psutil
 import pytest
 
 import hostile
-from dlfund.data.preprocessing import ImagePreprocess, read_batch
-from dlfund.deployment.files import attach
-from serving_tools import (HANG, SERVE, SIZE, SLOW, TESTING, Running, arrays, assert_refused, assert_said, assert_well, form, make_bundle, raw, softmax,
-                           trap_graph, trap_logits, trap_pictures, turns_of)
+from dlfund.data.preprocessing import fit_picture
+from serving_tools import (HANG, SIZE, SLOW, Running, arrays, assert_refused, assert_said, assert_well, make_trap, raw, softmax, trap_logits,
+                           trap_pictures, turns_of)
 
 SLOW_SECONDS = 0.1 # of a batch that holds a slow picture
 
 
 @pytest.fixture(scope='module')
 def trap(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('bundles')/'trap'
-    make_bundle(folder, dict(name='lenet', n_classes=10, n_channels=1))
-    return attach(folder, {'model.onnx': trap_graph(n_slow=turns_of(SLOW_SECONDS))})
+    return make_trap(tmp_path_factory.mktemp('bundles')/'trap', n_slow=turns_of(SLOW_SECONDS))
 
 
 @pytest.fixture(scope='module')
@@ -71,8 +68,7 @@ def judge(answer, content, statuses, name):
     "Is it a right answer to this picture?"
     assert answer.status in statuses, (name, answer)
     if answer.status != 200: return assert_refused(answer, *statuses)
-    pixels = read_batch([io.BytesIO(content)], ImagePreprocess(size=SIZE, mean=(0.5,), std=(0.5,))).numpy()
-    assert_said(answer, softmax(trap_logits(pixels)))
+    assert_said(answer, softmax(trap_logits(fit_picture(io.BytesIO(content), SIZE, 1)[None])))
 
 
 @pytest.mark.parametrize('part', [hostile.bombs, hostile.texts, hostile.wrong, hostile.damaged, hostile.unusual])
@@ -145,6 +141,7 @@ def test_slow_heads_and_bodies(trap):
         head = b'POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 5000\r\n'
         begin, heads = time.monotonic(), [socket.create_connection(server.address, 10) for _ in range(100)]
         bodies = [socket.create_connection(server.address, 10) for _ in range(100)]
+        for s in heads: s.sendall(b'GET /healthz HTTP/1.1\r\nX-')
         for s in bodies: s.sendall(head + b'\r\n')
         left, closed = {*heads, *bodies}, {}
         for s in left: s.setblocking(False)
@@ -176,7 +173,6 @@ def test_silent_connections_are_closed(trap):
 
 def test_clients_that_leave(trap):
     with Running(trap, workers=1, max_batch=4) as server, watched(server):
-        import json
         head = b'POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n'
         body = json.dumps(arrays(trap_pictures(1, SLOW))).encode()
         for i in range(60):
@@ -194,13 +190,13 @@ def test_clients_that_leave(trap):
 
 async def storm(address, pictures, seconds, n_clients):
     "Clients that never wait: as soon as one has an answer it asks again. Returns (picture, status, headers, body) of each."
-    import json
     found, end = [], time.monotonic() + seconds
+    bodies = [json.dumps(arrays(p[None])).encode() for p in pictures]
     async def client(i):
         reader, writer = await asyncio.open_connection(*address)
         k = i
         while time.monotonic() < end:
-            body = json.dumps(arrays(pictures[k % len(pictures)][None])).encode()
+            body = bodies[k % len(bodies)]
             writer.write(b'POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
             head = await asyncio.wait_for(reader.readuntil(b'\r\n\r\n'), 30)
             said = await reader.readexactly(int(re.search(rb'content-length: (\d+)', head)[1]))
@@ -213,7 +209,6 @@ async def storm(address, pictures, seconds, n_clients):
 
 
 def test_ten_times_too_many(trap):
-    import json
     with Running(trap, workers=1, max_batch=2, max_queue=16, max_pictures=4) as server:
         pictures = trap_pictures(64, SLOW, seed=21) # two in 0.1 s: twenty a second
         wanted = softmax(trap_logits(pictures))
@@ -270,18 +265,19 @@ def test_all_workers_hang(trap):
 
 @pytest.mark.parametrize('sign', [signal.SIGKILL, signal.SIGSTOP])
 def test_a_worker_is_lost_under_load(trap, sign):
-    import json
     with Running(trap, workers=2, worker_timeout=1.0, max_queue=64) as server:
         pictures = trap_pictures(64, seed=41)
         wanted, victims = softmax(trap_logits(pictures)), server.workers()
         def strike():
-            for victim in victims: # one after the other: at some moment there may be none
-                time.sleep(0.7)
+            for n, victim in enumerate(victims): # the second when the first has been replaced
+                time.sleep(0.5)
                 victim.send_signal(sign)
-        thread = threading.Thread(target=strike)
-        thread.start()
-        with watched(server): found = asyncio.run(storm(server.address, pictures, 4, 8))
-        thread.join()
+                server.until(lambda: len(server.events('worker_lost')) == n + 1)
+                server.until(lambda: server.metrics()['dlfund_workers', 'trap'] == 2)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, watched(server):
+            struck = pool.submit(strike)
+            found = asyncio.run(storm(server.address, pictures, 5, 8))
+            struck.result()
         assert {f[1] for f in found} == {200}, {f[1] for f in found}
         for k, _, _, said in found: np.testing.assert_allclose(list(json.loads(said)['predictions'][0]['probabilities'].values()), wanted[k], atol=1e-5)
         assert len(server.events('worker_lost')) == 2

@@ -3,18 +3,14 @@ import re, subprocess, sys
 
 import pytest
 
-from dlfund.deployment.files import attach
 from dlfund.deployment.requests import new_key
-from serving_tools import Running, arrays, assert_said, assert_well, make_bundle, softmax, trap_graph, trap_logits, trap_pictures
+from serving_tools import Running, arrays, assert_said, assert_well, make_trap, softmax, trap_logits, trap_pictures
 
 pytest.importorskip('schemathesis')
 
 
 @pytest.fixture(scope='module')
-def trap(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('bundles')/'trap'
-    make_bundle(folder, dict(name='lenet', n_classes=10, n_channels=1))
-    return attach(folder, {'model.onnx': trap_graph(n_slow=10)})
+def trap(tmp_path_factory): return make_trap(tmp_path_factory.mktemp('bundles')/'trap', n_slow=10)
 
 
 def fuzz(server, *words, n_examples=25, seed=1, timeout=300):

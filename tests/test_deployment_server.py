@@ -1,5 +1,5 @@
 "The server's contract, asked of real servers over HTTP; and the batcher's, on a clock of our own."
-import asyncio, concurrent.futures, hashlib, io, json, os, random, re, signal, subprocess, sys, threading, time
+import asyncio, concurrent.futures, http.client, io, json, os, random, re, signal, threading, time
 
 import numpy as np
 import psutil
@@ -13,8 +13,8 @@ from dlfund.data.preprocessing import read_batch
 from dlfund.deployment.batching import MicroBatcher, Overloaded, TokenBucket, WorkerLost
 from dlfund.deployment.files import attach, read_facts
 from dlfund.deployment.requests import new_key
-from serving_tools import (CALM, POISON, SIZE, SLOW, Running, arrays, assert_refused, assert_said, assert_well, base64s, form,
-                           make_bundle, raw, softmax, trap_graph, trap_logits, trap_pictures, turns_of)
+from serving_tools import (HANG, POISON, SIZE, SLOW, Running, arrays, assert_refused, assert_said, assert_well, base64s,
+                           make_bundle, make_trap, softmax, trap_graph, trap_logits, trap_pictures, turns_of)
 
 GREY, COLOUR = dict(name='lenet', n_classes=10, n_channels=1), dict(name='resnet-mini', n_classes=7, n_channels=3, width=0.5)
 SLOW_SECONDS = 0.3
@@ -46,14 +46,11 @@ def areas(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def slow_graph(): return trap_graph(n_slow=turns_of(SLOW_SECONDS))
+def n_slow(): return turns_of(SLOW_SECONDS)
 
 
 @pytest.fixture
-def trap(grey, slow_graph, tmp_path):
-    "A bundle of its own for each test, whose graph has traps."
-    path = grey[1].save(tmp_path/'trap')
-    return attach(path, {'model.onnx': slow_graph})
+def trap(n_slow, tmp_path): return make_trap(tmp_path/'trap', n_slow=n_slow)
 
 
 @pytest.fixture(scope='module')
@@ -140,7 +137,7 @@ def test_a_poisoned_picture_fails_alone_even_among_strangers(trap):
             found = list(pool.map(lambda p: server.arrays(p[None]), pictures))
         for answer, row in zip(found[:7], softmax(trap_logits(pictures[:7]))): assert_said(answer, row[None])
         assert found[7].status == 500 and found[7].json()['error']['code'] == 'model_failed' # a model's fault, said as such
-        assert any(sizes[0] == 'dlfund_batch_size_sum' and n == 9 for sizes, n in server.metrics().items()) # 8 and the ramp? no: batches only
+        assert server.metrics()['dlfund_batch_size_sum', 'trap'] == 9 # these, and the server's own first question
         assert_well(server)
 
 
@@ -157,10 +154,9 @@ def test_models_are_described(server, grey, colour):
 
 def test_health_readiness_and_what_is_not_there(server):
     assert server.get('/healthz').json() == {'status': 'alive'} and server.get('/readyz').json() == {'status': 'ready'}
-    for path in ('/', '/v1', '/v1/predict/', '/docs', '/redoc', '/../etc/passwd', '/%2e%2e/x', '/v1/models?x=1#y', '/\u00e9'.encode().decode('latin-1')):
-        answer = server.get(path)
-        if path.startswith('/v1/models'): assert answer.status == 200
-        else: assert_refused(answer, 404, 405)
+    for path in ('/', '/v1', '/v1/predict/', '/docs', '/redoc', '/../etc/passwd', '/%2e%2e/x'):
+        assert_refused(server.get(path), 404)
+    assert server.get('/v1/models?x=1#y').status == 200
     answer = server.get('/v1/predict')
     assert_refused(answer, 405)
     assert answer.headers['allow'] == 'POST'
@@ -193,7 +189,6 @@ def test_ids_go_through_if_they_are_harmless(server):
 
 
 def test_one_connection_carries_many_requests(server, grey):
-    import http.client
     connection = http.client.HTTPConnection(*server.address, timeout=20)
     connection.connect()
     socket, body = connection.sock, json.dumps(arrays(trap_pictures(1), 'grey'))
@@ -213,7 +208,7 @@ def test_metrics_count_and_do_not_grow_with_what_strangers_write(trap):
         after = server.metrics()
         count = lambda *key: after.get(key, 0) - before.get(key, 0)
         assert count('dlfund_requests_total', '/v1/predict', '200') == 3
-        assert count('dlfund_requests_total', 'none', '404') == 5 and count('dlfund_requests_total', '/v1/predict', '404') == 5
+        assert count('dlfund_requests_total', '404', 'none') == 5 and count('dlfund_requests_total', '/v1/predict', '404') == 5
         assert count('dlfund_pictures_total', '200', 'trap') == 6 and count('dlfund_pictures_total', '415', 'trap') == 1
         assert after['dlfund_batch_size_sum', 'trap'] - before.get(('dlfund_batch_size_sum', 'trap'), 0) == 7
         assert after['dlfund_workers', 'trap'] == 2 and after['dlfund_requests_in_progress',] == 1
@@ -270,7 +265,7 @@ def test_a_rate_is_each_keys_own(locked):
 def test_a_rate_for_addresses(trap):
     with Running(trap, rate=2) as server:
         statuses = [server.get('/v1/models').status for _ in range(12)]
-        assert statuses[:4] == [200]*4 and statuses.count(429) >= 6
+        assert statuses[:4] == [200]*4 and statuses.count(429) >= 3
         assert server.get('/healthz').status == 200 # probes are not counted
 
 
@@ -310,8 +305,8 @@ def test_limits_of_size_number_and_type(trap):
 
 
 def test_too_late_is_504_and_others_are_answered(trap):
-    with Running(trap, timeout=0.1, workers=2) as server:
-        assert assert_refused(server.arrays(trap_pictures(1, SLOW)), 504)['code'] == 'too_late'
+    with Running(trap, timeout=1.0, worker_timeout=4.0) as server:
+        assert assert_refused(server.arrays(trap_pictures(1, HANG)), 504)['code'] == 'too_late'
         assert_well(server)
 
 
@@ -340,7 +335,7 @@ def test_logs_are_json_without_payloads(trap, tmp_path):
 # The end
 
 def test_sigterm_loses_no_accepted_request(trap):
-    with Running(trap, drain_delay=0.3, workers=1, max_batch=1) as server:
+    with Running(trap, drain_delay=1.0, workers=1, max_batch=1) as server:
         pictures, workers = trap_pictures(4, SLOW, seed=9), server.workers()
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             asked = [pool.submit(server.arrays, p[None]) for p in pictures]
@@ -361,7 +356,7 @@ def test_an_idle_server_ends_with_0(trap, sign):
 
 # Another version
 
-def test_hot_reload_loses_no_request(trap, grey):
+def test_hot_reload_loses_no_request(trap):
     with Running(trap, reload_every=0.1) as server:
         versions, stop, found = {server.get('/v1/models').json()['models'][0]['version']: 0}, threading.Event(), []
         pictures = trap_pictures(40, seed=11)
@@ -407,7 +402,7 @@ def test_a_bad_version_is_refused_and_the_old_one_goes_on(trap):
         attach(trap, {'model.onnx': good})
         time.sleep(0.5)
         assert_well(server)
-        assert server.metrics()['dlfund_reloads_total', 'trap', 'refused' ] == 2 if ('dlfund_reloads_total', 'trap', 'refused') in server.metrics() else True
+        assert server.metrics()['dlfund_reloads_total', 'refused', 'trap'] == 2
 
 
 def test_sighup_reloads(trap):
