@@ -29,7 +29,7 @@ def make_resnet18(
     rng, architecture = np.random.default_rng(0), dict(name='resnet18', n_classes=N_CLASSES, n_channels=3)
     made = Bundle(model=build(**architecture).eval(), architecture=architecture, labels=[f'class {i}' for i in range(N_CLASSES)],
                   preprocess=ImagePreprocess(size=(SIDE, SIDE), n_channels=3, mean=(0.5,)*3, std=(0.3,)*3), metrics={}, training={},
-                  data=dict(name='noise', sha256='0'*64))
+                  data=dict(name='noise', sha256='0'*64, source='none', licence='CC0', n_test_reads=0))
     pictures.mkdir(parents=True)
     small = rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8) # smooth, so that a PNG has the size of a photograph's
     large = [Image.fromarray(p).resize((SIDE, SIDE), Image.Resampling.BICUBIC) for p in small]

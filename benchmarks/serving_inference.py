@@ -156,18 +156,19 @@ def main(argv=None):
     parser.add_argument('--quick', action='store_true', help='one epoch, one seed, few turns, and nothing is stored')
     args = parser.parse_args(argv)
     if args.quick: args.seeds, args.epochs, args.turns, args.work = args.seeds[:1], 1, 3, args.work.with_name(args.work.name + '_quick')
+    work = args.work/f'epochs{args.epochs}'
     splits = load('fashion-mini')
     preprocess = fit_preprocess(splits.train.x)
     torch.set_num_threads(args.threads)
     for seed in args.seeds:
-        folder = args.work/f'seed{seed}'
+        folder = work/f'seed{seed}'
         if args.part == 'measure' or (folder/'done').exists(): continue
         begin = time.perf_counter()
         make(seed, splits, preprocess, folder, args.epochs)
         print(f'seed {seed}: {time.perf_counter() - begin:.0f} s', flush=True)
     if args.part == 'train': return
     torch.set_num_threads(1)
-    rows, big = measure(splits, preprocess, args.work, args.seeds, args.turns), large(splits, max(4, args.turns//3))
+    rows, big = measure(splits, preprocess, work, args.seeds, args.turns), large(splits, max(4, args.turns//3))
     dense = rows['fp32 eager']
     print(f'{"":16} {"p50 ms":>8} {"p95 ms":>8} {"faster":>7} {"pictures/s":>11} {"MB":>6} {"MiB held":>9}  test accuracy')
     for name, row in rows.items():

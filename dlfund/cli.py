@@ -385,7 +385,7 @@ def serve(
         raise Failure(f'{_explain(e)[0]}{where}', 2) from e
     serve(args.bundles, config)
 
-# %% ../nbs/00_shared/02_cli.ipynb #9bb63a9b
+# %% ../nbs/00_shared/02_cli.ipynb #28e7992a
 def ui(
     args:argparse.Namespace, # bundle, port, host
 )->None:
@@ -400,12 +400,14 @@ def page(
     args:argparse.Namespace, # bundle, folder
 )->None:
     "Write a page that runs the model in the reader's browser; the last line printed is its path."
+    from dlfund.deployment.bundle import Bundle
     from dlfund.deployment.pages import PageError, fetch_runtime, static_page
+    opened = Bundle.load(args.bundle)
     try: runtime = fetch_runtime()
     except PageError as e:
         _note(f'{e}: the page will only show stored answers')
         runtime = False
-    print(static_page(args.bundle, args.folder, runtime))
+    print(static_page(opened, args.folder, runtime))
 
 # %% ../nbs/00_shared/02_cli.ipynb #64e0648f
 def book(

@@ -28,7 +28,7 @@ def make_bundle(
     torch.manual_seed(0)
     n = architecture['n_channels']
     bundle = Bundle(model=build_model(task, architecture).eval(), architecture=architecture, task=task, metrics={}, training={},
-                    labels=[f'class {i}' for i in range(architecture['n_classes'])], data=dict(name='noise', sha256='0'*64),
+                    labels=[f'class {i}' for i in range(architecture['n_classes'])], data=dict(name='noise', sha256='0'*64, source='none', licence='CC0', n_test_reads=0),
                     preprocess=ImagePreprocess(size=size, n_channels=n, mean=(0.3,)*n, std=(0.2,)*n))
     bundle.save(folder)
     attach(folder, {'model.onnx': export_onnx(bundle)})

@@ -629,9 +629,9 @@ def test_a_bucket_never_gives_more_than_it_promises(seed):
 # The command
 
 def test_the_command_serves(trap, tmp_path):
-    (tmp_path/'server.yaml').write_text('workers: 1\nmax_pictures: 2\nreload_every: 0\n')
+    (tmp_path/'server.yaml').write_text('workers: 1\nmax_pictures: 3\nreload_every: 0\n')
     with Running(program=[DLFUND, 'serve', f'mine={trap}', '--port', '0', '--config', str(tmp_path/'server.yaml')]) as server:
         assert len(server.workers()) == 1 and server.get('/v1/models').json()['models'][0]['name'] == 'mine'
         assert_well(server)
-        assert_refused(server.arrays(trap_pictures(3)), 413)
+        assert_refused(server.arrays(trap_pictures(4)), 413)
         assert server.stop() == 0
