@@ -1,5 +1,5 @@
 "The command line as a user meets it: real processes, in a folder of their own."
-import fcntl, json, os, pty, re, shutil, signal, struct, subprocess, sys, termios, time
+import fcntl, json, os, pty, re, shutil, signal, socket, struct, subprocess, sys, termios, time, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -290,3 +290,46 @@ def test_a_bundle_works_without_the_libraries_of_training(bundle, pictures, tmp_
     assert ran.returncode == 0, ran.stderr
     expected = [answer.probabilities for answer in Bundle.load(bundle).predict(pictures.x)]
     assert [json.loads(line) for line in ran.stdout.splitlines()] == expected
+
+
+# Doors
+
+def answers(url):
+    "Whether something answers at an address within half a minute."
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer: return answer.status == 200
+        except OSError: time.sleep(0.1)
+    return False
+
+
+def test_a_server_for_programs(bundle, pictures, tmp_path):
+    shutil.copytree(bundle, tmp_path/'b')
+    assert run('export', 'b', cwd=tmp_path).returncode == 0
+    process = start('serve', 'clothes=b', '--port', 0, '--workers', 1, cwd=tmp_path)
+    try:
+        url = process.stdout.readline().split()[-1]
+        request = urllib.request.Request(f'{url}/v1/predict', json.dumps(dict(pictures=[pictures.x[0].tolist()])).encode(),
+                                         {'content-type': 'application/json'})
+        with urllib.request.urlopen(request, timeout=30) as answer: said = answer.read().decode()
+        assert Bundle.load(bundle).predict(pictures.x[:1])[0].label in said
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally: process.kill(); process.communicate()
+
+
+def test_a_page_for_people(bundle, tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    process = start('ui', bundle, '--port', port, cwd=tmp_path)
+    try:
+        line = process.stdout.readline()
+        assert line.startswith(f'{bundle} on http://127.0.0.1:{port}') and answers(line.split()[-1])
+    finally: process.kill(); process.communicate()
+
+
+def test_a_page_without_a_server(cli, bundle, tmp_path):
+    ran = cli('page', bundle, 'site')
+    assert ran.returncode == 0 and ran.stdout.splitlines()[-1] == 'site/index.html'
+    assert 'DLFUND_OFFLINE' in ran.stderr and (tmp_path/'site'/'model.onnx').stat().st_size > 10_000

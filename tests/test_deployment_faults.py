@@ -22,7 +22,7 @@ def trap(tmp_path_factory):
 @pytest.fixture(scope='module')
 def server(trap):
     "One server for all that is only bad input; what it lost, it lost to that."
-    with Running(trap, max_pixels=hostile.MAX_PIXELS) as running: yield running
+    with Running(trap, max_pixels=hostile.MAX_PIXELS, body_timeout=3) as running: yield running
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_hostile_pictures_beside_good_ones(server, unharmed):
 
 # Bad requests
 
-@pytest.mark.parametrize('name, kind, body', hostile.forms(), ids=lambda x: x if isinstance(x, str) and 'form-data' not in x else '')
+@pytest.mark.parametrize('name, kind, body', list(hostile.forms()), ids=lambda x: x if isinstance(x, str) and 'form-data' not in x else '')
 def test_malformed_forms(server, unharmed, name, kind, body):
     assert_refused(server.ask('POST', '/v1/predict', body, {'content-type': kind}), 413, 415, 422)
 
@@ -113,7 +113,7 @@ def test_malformed_json(server, unharmed):
         if answer.status != 200: assert_refused(answer, 413, 422)
 
 
-@pytest.mark.parametrize('name, head', hostile.heads(), ids=lambda x: x if isinstance(x, str) else '')
+@pytest.mark.parametrize('name, head', list(hostile.heads()), ids=lambda x: x if isinstance(x, str) else '')
 def test_malformed_http(server, unharmed, name, head):
     came = raw(server.address, head)
     assert status_of(came) in (None, *range(400, 500)), came[:300]
@@ -242,7 +242,7 @@ def test_a_model_that_hangs_takes_no_one_with_it(trap):
         assert assert_refused(found[0], 503)['code'] == 'worker_lost'
         for answer, row in zip(found[1:], softmax(trap_logits(pictures[1:]))): assert_said(answer, row[None])
         assert {line['reason'] for line in server.events('worker_lost')} == {'hung'}
-        server.until(lambda: server.metrics()['dlfund_workers', 'trap'] == 2)
+        server.settled()
         assert_well(server)
 
 
@@ -251,7 +251,7 @@ def test_nobody_waits_longer_than_the_timeout_for_a_model_that_hangs(trap):
         assert assert_refused(server.arrays(trap_pictures(1, HANG)), 504)['code'] == 'too_late'
         assert_well(server) # the other worker
         server.until(lambda: server.events('worker_lost'))
-        server.until(lambda: server.metrics()['dlfund_workers', 'trap'] == 2)
+        server.settled()
         assert_well(server)
 
 
@@ -259,7 +259,7 @@ def test_all_workers_hang(trap):
     with Running(trap, workers=2, worker_timeout=1.0) as server, watched(server):
         with concurrent.futures.ThreadPoolExecutor(4) as pool: found = list(pool.map(lambda p: server.arrays(p[None]), trap_pictures(4, HANG)))
         for answer in found: assert_refused(answer, 503)
-        server.until(lambda: server.get('/readyz').status == 200)
+        server.settled()
         assert_well(server)
 
 
@@ -273,7 +273,7 @@ def test_a_worker_is_lost_under_load(trap, sign):
                 time.sleep(0.5)
                 victim.send_signal(sign)
                 server.until(lambda: len(server.events('worker_lost')) == n + 1)
-                server.until(lambda: server.metrics()['dlfund_workers', 'trap'] == 2)
+                server.settled()
         with concurrent.futures.ThreadPoolExecutor(1) as pool, watched(server):
             struck = pool.submit(strike)
             found = asyncio.run(storm(server.address, pictures, 5, 8))
@@ -281,7 +281,7 @@ def test_a_worker_is_lost_under_load(trap, sign):
         assert {f[1] for f in found} == {200}, {f[1] for f in found}
         for k, _, _, said in found: np.testing.assert_allclose(list(json.loads(said)['predictions'][0]['probabilities'].values()), wanted[k], atol=1e-5)
         assert len(server.events('worker_lost')) == 2
-        server.until(lambda: server.metrics()['dlfund_workers', 'trap'] == 2)
+        server.settled()
         assert not {p.pid for p in server.workers()} & {v.pid for v in victims}
         assert_well(server)
 
@@ -292,7 +292,7 @@ def test_idle_workers_die(trap):
         server.until(lambda: len(server.events('worker_lost')) == 2)
         picture = trap_pictures(1)
         assert_said(server.arrays(picture), softmax(trap_logits(picture))) # it waits for the next worker
-        server.until(lambda: server.get('/readyz').status == 200)
+        server.settled()
         assert_well(server)
 
 

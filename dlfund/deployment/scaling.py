@@ -8,8 +8,8 @@ __all__ = ['POLICIES', 'offered_load', 'simulate_queue', 'erlang_b', 'erlang_c',
            'Fleet', 'Day', 'simulate_day', 'largest_gain', 'RayPool', 'ray_autoscaling', 'ray_model', 'answer_items',
            'bring_up_ray', 'ray_app', 'replace_config']
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #52f0b5dc
-import heapq, math, re
+# %% ../../nbs/09_deployment/06_scaling.ipynb #6b2a1d14
+import heapq, math, os
 from collections import deque
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +19,14 @@ import numpy as np
 
 from ..exercises import exercise
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #3e94c984
+# %% ../../nbs/09_deployment/06_scaling.ipynb #2c21aa78
 def offered_load(
     rate:float, # requests a second
     seconds:float, # mean service time
 )->float: # replicas that are busy on average
     "The load in erlangs: @eq-load."
-    if not (rate >= 0 and seconds > 0): raise ValueError(f'rate must be at least 0 and seconds positive, got {rate} and {seconds}')
+    if not (rate >= 0 and seconds > 0):
+        raise ValueError(f'rate must be at least 0 and seconds positive, got {rate} and {seconds}')
     return rate*seconds
 
 # %% ../../nbs/09_deployment/06_scaling.ipynb #3b194cc1
@@ -54,17 +55,18 @@ def erlang_b(
     for c in range(1, n_servers + 1): lost = load*lost / (c + load*lost)
     return lost
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #53f935ab
+# %% ../../nbs/09_deployment/06_scaling.ipynb #f7d0cc4d
 def erlang_c(
     load:float, # erlangs, less than `n_servers`
     n_servers:int, # replicas
 )->float: # probability of having to wait, 0 to 1
     "Requests that find all replicas busy and queue: Erlang 1917, @eq-wait."
-    if not 0 <= load < n_servers: raise ValueError(f'load must be at least 0 and less than n_servers, got {load} and {n_servers}')
+    if not 0 <= load < n_servers:
+        raise ValueError(f'load must be at least 0 and less than n_servers, got {load} and {n_servers}')
     lost = erlang_b(load, n_servers)
     return lost / (1 - load/n_servers*(1 - lost))
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #16f5f8b7
+# %% ../../nbs/09_deployment/06_scaling.ipynb #42c60811
 def wait_tail(
     rate:float, # requests a second
     seconds:float, # mean service time
@@ -85,7 +87,7 @@ def mean_wait(
     load = offered_load(rate, seconds)
     return erlang_c(load, n_servers) * seconds / (n_servers - load)
 
-
+# %% ../../nbs/09_deployment/06_scaling.ipynb #b076e1bd
 def wait_quantile(
     rate:float, # requests a second
     seconds:float, # mean service time
@@ -97,7 +99,7 @@ def wait_quantile(
     chance, load = erlang_c(offered_load(rate, seconds), n_servers), offered_load(rate, seconds)
     return max(0.0, math.log(chance/(1 - share)) if chance else 0.0) * seconds / (n_servers - load)
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #3c76ae7c
+# %% ../../nbs/09_deployment/06_scaling.ipynb #de77e94a
 def replicas_needed(
     rate:float, # requests a second
     seconds:float, # mean service time
@@ -105,7 +107,8 @@ def replicas_needed(
     share:float=0.01, # of the requests that may wait longer, 0 to 1
 )->int: # replicas
     "The smallest number that keeps a promise about waiting."
-    if not (limit >= 0 and 0 < share < 1): raise ValueError(f'limit must be at least 0 and share between 0 and 1, got {limit} and {share}')
+    if not (limit >= 0 and 0 < share < 1):
+        raise ValueError(f'limit must be at least 0 and share between 0 and 1, got {limit} and {share}')
     n = math.floor(offered_load(rate, seconds)) + 1
     while wait_tail(rate, seconds, n, limit) > share: n += 1
     return n
@@ -144,7 +147,7 @@ def choose_server(
     second += second >= first
     return first if lengths[first] <= lengths[second] else second
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #ceb71d2d
+# %% ../../nbs/09_deployment/06_scaling.ipynb #45b90b25
 def simulate_balancer(
     arrivals:np.ndarray, # moments, ascending, seconds
     services:np.ndarray, # service time of each request, seconds
@@ -154,26 +157,22 @@ def simulate_balancer(
     stale:float=0.0, # seconds between looks at the queues; 0: it always knows
 )->np.ndarray: # seconds that each request waits
     "Send each request to a replica, where it stays."
-    if n_servers < 2 or stale < 0: raise ValueError(f'n_servers must be at least 2 and stale at least 0, got {n_servers} and {stale}')
-    leaving, lengths, waits = [deque() for _ in range(n_servers)], [0]*n_servers, np.empty(len(arrivals))
+    if n_servers < 2 or stale < 0:
+        raise ValueError(f'n_servers must be at least 2 and stale at least 0, got {n_servers} and {stale}')
+    last, inside, known, waits = [0.0]*n_servers, [0]*n_servers, [0]*n_servers, np.empty(len(arrivals))
     looked, departures = -math.inf, [] # departures: a heap of (moment, replica)
-    inside = [0]*n_servers
     for i, (moment, service) in enumerate(zip(arrivals.tolist(), services.tolist())):
         while departures and departures[0][0] <= moment:
-            k = heapq.heappop(departures)[1]
-            leaving[k].popleft()
-            inside[k] -= 1
-        if not stale: lengths = inside
-        elif moment - looked >= stale: lengths, looked = list(inside), moment
-        k = choose_server(policy, i, lengths, rng)
-        start = max(moment, leaving[k][-1] if leaving[k] else moment)
-        leaving[k].append(start + service)
-        heapq.heappush(departures, (start + service, k))
+            inside[heapq.heappop(departures)[1]] -= 1
+        if moment - looked >= stale: known, looked = list(inside) if stale else inside, moment
+        k = choose_server(policy, i, known, rng)
+        waits[i] = max(moment, last[k]) - moment
+        last[k] = moment + waits[i].item() + service
+        heapq.heappush(departures, (last[k], k))
         inside[k] += 1
-        waits[i] = start - moment
     return waits
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #608d7d47
+# %% ../../nbs/09_deployment/06_scaling.ipynb #7087ab8f
 @dataclass(frozen=True, kw_only=True)
 class AutoscaleConfig:
     "How a number of replicas follows the load."
@@ -187,7 +186,8 @@ class AutoscaleConfig:
     down_delay:float=300.0 # seconds that the wish for fewer must last
     def __post_init__(self):
         if not 1 <= self.min_replicas <= self.max_replicas:
-            raise ValueError(f'min_replicas must be from 1 to max_replicas, got {self.min_replicas} and {self.max_replicas}')
+            raise ValueError('min_replicas must be from 1 to max_replicas, '
+                             f'got {self.min_replicas} and {self.max_replicas}')
         if self.law not in ('ongoing', 'utilisation'):
             raise ValueError(f'law must be ongoing or utilisation, got {self.law!r}')
         for name in ('target', 'gain', 'interval', 'window'):
@@ -237,7 +237,7 @@ class Fleet:
         while self.n > goal and self.starting: self.starting.pop()
         self.ready = min(self.ready, max(goal - len(self.starting), 0)) if self.n > goal else self.ready
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #bc5c0fa4
+# %% ../../nbs/09_deployment/06_scaling.ipynb #a0f33b38
 @dataclass(frozen=True, kw_only=True)
 class Day:
     "What happened in each second."
@@ -254,7 +254,7 @@ class Day:
         "How many requests waited longer."
         return float(self.load[self.waits > limit].sum()/self.load.sum())
 
-
+# %% ../../nbs/09_deployment/06_scaling.ipynb #d4a570d4
 def simulate_day(
     load:np.ndarray, # requests that arrive in each second
     seconds:float, # mean service time
@@ -313,24 +313,26 @@ class RayPool:
             raise WorkerLost(f'a replica was lost: {type(e).__name__}') from None
     async def close(self)->None: self.alive.clear()
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #cad62263
+# %% ../../nbs/09_deployment/06_scaling.ipynb #fc0463fb
 def ray_autoscaling(
     config:AutoscaleConfig, # with the law `ongoing`, the only one that Ray has
 )->dict: # Ray's `autoscaling_config`
     "Translate a control loop into Ray Serve's words."
     if config.law != 'ongoing': raise ValueError(f'law must be ongoing for Ray Serve, got {config.law!r}')
-    return dict(min_replicas=config.min_replicas, max_replicas=config.max_replicas, target_ongoing_requests=config.target,
-                upscaling_factor=config.gain, downscaling_factor=config.gain, metrics_interval_s=min(config.interval, config.window),
-                look_back_period_s=config.window, upscale_delay_s=0.0, downscale_delay_s=config.down_delay)
+    return dict(min_replicas=config.min_replicas, max_replicas=config.max_replicas,
+                target_ongoing_requests=config.target, look_back_period_s=config.window,
+                metrics_interval_s=min(config.interval, config.window), upscaling_factor=config.gain,
+                downscaling_factor=config.gain, upscale_delay_s=0.0, downscale_delay_s=config.down_delay)
 
 
 def _serve(): # the module `ray.serve`
     "Import Ray Serve, or say how to get it."
     try: from ray import serve
-    except ImportError as e: raise ImportError(f"scaling out needs {e.name}: pip install 'dlfund[deploy]' 'ray[serve]'") from e
+    except ImportError as e:
+        raise ImportError(f"scaling out needs {e.name}: pip install 'dlfund[deploy]' 'ray[serve]'") from e
     return serve
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #b1b3209e
+# %% ../../nbs/09_deployment/06_scaling.ipynb #c90fd6f5
 def ray_model(
     name:str, # of the model
     content:bytes, # of its ONNX file
@@ -343,17 +345,20 @@ def ray_model(
         "A process with one runner."
         def __init__(self, content):
             from dlfund.deployment.runtime import OnnxRunner
-            self.runner = OnnxRunner(content, n_threads=threads)
+            self.runner, self.n_answered = OnnxRunner(content, n_threads=threads), 0
         @serve.batch(max_batch_size=config.max_batch, batch_wait_timeout_s=config.max_wait)
         async def answer(self, items):
             from dlfund.deployment.scaling import answer_items
+            self.n_answered += len(items)
             return await answer_items(self.runner, items, max_pixels)
         async def __call__(self, kind, content): return await self.answer((kind, content))
         def facts(self):
             r = self.runner
             return dict(labels=list(r.labels), size=list(r.size), n_channels=r.n_channels, task=r.task)
-    made = serve.deployment(Replica, name=f'model-{name}', autoscaling_config=ray_autoscaling(scale), health_check_period_s=2,
-                            max_ongoing_requests=2*config.max_batch, ray_actor_options=dict(num_cpus=threads))
+        def counted(self): return os.getpid(), self.n_answered
+    made = serve.deployment(
+        Replica, name=f'model-{name}', autoscaling_config=ray_autoscaling(scale), health_check_period_s=2,
+        max_ongoing_requests=2*config.max_batch, ray_actor_options=dict(num_cpus=threads))
     return made.bind(content)
 
 # %% ../../nbs/09_deployment/06_scaling.ipynb #27f5ca38
@@ -368,7 +373,7 @@ async def answer_items(
     found = await asyncio.to_thread(answer_batch, runner, items, max_pixels)
     return [(said.status, said.as_json()) if isinstance(said, Refused) else (200, said) for said in found]
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #327de616
+# %% ../../nbs/09_deployment/06_scaling.ipynb #9499a871
 async def bring_up_ray(
     service, # `Service` of the front
     facts:dict, # {name: facts of the bundle}
@@ -379,16 +384,18 @@ async def bring_up_ray(
     from dlfund.deployment.batching import MicroBatcher, WorkerLost
     from dlfund.deployment.server import Served, picture_of_nothing, version_of
     serve, config = _serve(), service.config
-    pool = RayPool(serve.get_deployment_handle(f'model-{name}', serve.get_replica_context().app_name), config.worker_timeout)
+    handle = serve.get_deployment_handle(f'model-{name}', serve.get_replica_context().app_name)
+    pool = RayPool(handle, config.worker_timeout)
     said = await pool.start()
     picture = picture_of_nothing(*said['size'])
     (status, answer), = await pool.run([('file', picture)])
     if status != 200: raise WorkerLost(f'the model must answer a grey ramp, got status {status}')
-    batcher = MicroBatcher(pool.run, max_size=1, max_queue=config.max_queue, n_runners=2*config.max_batch*scale.max_replicas)
+    batcher = MicroBatcher(pool.run, max_size=1, max_queue=config.max_queue,
+                           n_runners=2*config.max_batch*scale.max_replicas)
     return Served(name=name, path=service.paths[name], version=version_of(facts[name]), facts=said, pool=pool,
                   batcher=batcher, example=(picture, answer))
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #65c33cb2
+# %% ../../nbs/09_deployment/06_scaling.ipynb #6b3681f4
 def ray_app(
     paths, # of bundles with an exported graph, each perhaps as NAME=PATH
     config=None, # `ServerConfig`; its host, port and workers are Ray's business
@@ -401,14 +408,15 @@ def ray_app(
     from dlfund.deployment.runtime import GRAPHS, load_runner
     from dlfund.deployment.server import ServerConfig, make_app, name_models
     config, bundles = replace_config(config or ServerConfig()), name_models(paths)
-    for path in bundles.values(): load_runner(path, precision=config.precision) # a bad bundle is an error here, not there
+    for path in bundles.values(): load_runner(path, precision=config.precision) # a bad bundle is an error here
     facts = {name: read_facts(path) for name, path in bundles.items()}
     def build():
         app = make_app(bundles, config)
         app.state.service.bring_up = partial(bring_up_ray, app.state.service, facts, scale)
         return app
     front = serve.deployment(serve.ingress(build)(), name='front', num_replicas=n_fronts, max_ongoing_requests=1000)
-    return front.bind(*(ray_model(name, read_file(path, GRAPHS[config.precision]), config, scale) for name, path in bundles.items()))
+    content = lambda path: read_file(path, GRAPHS[config.precision])
+    return front.bind(*(ray_model(name, content(path), config, scale) for name, path in bundles.items()))
 
 
 def replace_config(
@@ -474,12 +482,13 @@ def _stabilised(wishes, now, up, down):
     floor, ceiling = min(wishes[-up:]), max(wishes[-down:])
     return floor if floor > now else min(now, ceiling)
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #8fb78395
+# %% ../../nbs/09_deployment/06_scaling.ipynb #1d38f0e9
 exercise('deployment.scaling.stabilised', _stabilised, cases=lambda rng: [
     ([5, 9, 7], 4, 2, 3), ([5, 3, 2], 6, 1, 2), ([5, 8, 2], 6, 3, 3), ([2], 2, 1, 1), ([9, 9, 1], 5, 1, 3),
     ([1, 9], 5, 1, 1)], mistakes={
     'down goes to the highest recent wish, not to the newest': lambda w, n, up, down: max(min(w[-up:]), min(n, w[-1])),
-    'up goes to the lowest recent wish, not to the highest': lambda w, n, up, down: max(min(n, max(w[-down:])), max(w[-up:])),
+    'up goes to the lowest recent wish, not to the highest':
+        lambda w, n, up, down: max(min(n, max(w[-down:])), max(w[-up:])),
     'a number between the two bounds stays as it is': lambda w, n, up, down: min(w[-up:])},
     hint='min(wishes[-up:]) says how high one surely must go, max(wishes[-down:]) how low one may.')
 
@@ -490,11 +499,13 @@ def _hedged(first, second, delay):
     twice = first > delay
     return np.where(twice, np.minimum(first, delay + second), first), float(twice.mean())
 
-# %% ../../nbs/09_deployment/06_scaling.ipynb #8d874297
+# %% ../../nbs/09_deployment/06_scaling.ipynb #3a4f07cd
 exercise('deployment.scaling.hedged', _hedged, cases=lambda rng: [
-    (rng.exponential(1, 30), rng.exponential(1, 30), 0.8), (np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.1, 20.0]), 2.0)],
+    (rng.exponential(1, 30), rng.exponential(1, 30), 0.8),
+    (np.array([1.0, 2.0, 9.0]), np.array([0.1, 0.1, 20.0]), 2.0)],
     mistakes={
-    'the second request starts after the delay': lambda a, b, d: (np.where(a > d, np.minimum(a, b), a), float((a > d).mean())),
+    'the second request starts after the delay':
+        lambda a, b, d: (np.where(a > d, np.minimum(a, b), a), float((a > d).mean())),
     'the first may still win': lambda a, b, d: (np.where(a > d, d + b, a), float((a > d).mean())),
     'an answer at the delay is in time': lambda a, b, d: (_hedged(a, b, d)[0], float((a >= d).mean()))},
     hint='Where first > delay, compare first with delay + second.')
